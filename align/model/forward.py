@@ -1,0 +1,136 @@
+"""The one way through the model: log-probabilities, values and scores of a packed row under a role."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from align.model.packing import Row
+
+if TYPE_CHECKING:
+    from align.model.trunk import Role, Trunk
+
+CHUNK = 256  # predicted tokens whose logits are in memory at one time
+
+
+class Outputs(NamedTuple):
+    """What a role says about a row. `logprobs` without a head, `values` and `scores` with one."""
+
+    logprobs: Tensor | None  # (predicted,) float32, at the given temperature
+    entropy: Tensor | None  # (predicted,) float32, without gradient
+    values: Tensor | None  # (predicted,) float32: the head before each completion token
+    scores: Tensor | None  # (completion,) float32: the head at the last token of each completion
+
+
+def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Outputs:
+    """Run a row through the base with the role's adapters, and through its head if it has one."""
+    row = row.to(trunk.device)
+    with trunk.switched_to(role):
+        hidden = hidden_states(trunk, row)
+        if role.head is not None:
+            head = trunk.heads[role.head]
+            return Outputs(None, None, head(hidden[row.predicted_at]), head(hidden[row.last]))
+        logprobs, entropy = target_logprobs(trunk, hidden[row.predicted_at], row.targets, temperature)
+        return Outputs(logprobs, entropy, None, None)
+
+
+def hidden_states(trunk: Trunk, row: Row) -> Tensor:
+    """The last hidden state at every token of the row. Shape (length, hidden)."""
+    if not trunk.packs:
+        return _padded_hidden_states(trunk, row)
+    taken_as_given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.ids.device)  # a 4-D mask: transformers builds none
+    return trunk.decoder(
+        input_ids=row.ids[None],
+        position_ids=row.positions[None],
+        attention_mask=taken_as_given,
+        use_cache=False,
+        row_segments=row.segments,
+    ).last_hidden_state[0]
+
+
+def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
+    """The same, one padded sequence a completion: for models whose attention cannot be given segments."""
+    places = [
+        [*range(s.prompt.start, s.prompt.stop), *range(c.start, c.stop)] for s in row.segments for c in s.completions
+    ]
+    width = max(map(len, places))
+    ids = torch.zeros(len(places), width, dtype=torch.long, device=row.ids.device)
+    mask = torch.zeros_like(ids)
+    for number, at in enumerate(places):
+        ids[number, : len(at)] = row.ids[at]
+        mask[number, : len(at)] = 1
+    hidden = trunk.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    sequence = {}  # place in the row -> (sequence, column); a shared prompt is read from its first sequence
+    for number, at in enumerate(places):
+        for column, place in enumerate(at):
+            sequence.setdefault(place, (number, column))
+    numbers, columns = zip(*(sequence[place] for place in range(len(row.ids))), strict=True)
+    return hidden[list(numbers), list(columns)]
+
+
+def target_logprobs(trunk: Trunk, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the targets, and the entropy, a chunk of tokens at a time.
+
+    Args:
+        trunk: gives the output layer.
+        hidden: what predicts each target. Shape (predicted, hidden).
+        targets: token ids. Shape (predicted,).
+        temperature: divides the logits.
+    """
+    layer, softcap = trunk.output_layer, trunk.softcap
+    frozen = isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and layer.bias is None
+    if frozen:
+        return _FrozenHead.apply(hidden, layer.weight, targets, temperature, softcap)
+
+    def chunk_logprobs(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = layer(h).float()
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
+        return logprobs.gather(1, t[:, None])[:, 0], entropy
+
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    parts = [checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in chunks]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities through a frozen output layer, keeping neither logits nor probabilities.
+
+    log p_t depends on hidden state h_t alone, so its gradient J_t = W^T (onehot - softmax) / temperature is made in the
+    forward pass, where the softmax is at hand; the backward pass only scales it. J takes (predicted, hidden), not (predicted, vocab).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None):
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = (hidden[part] @ weight.T).float()
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+                slope = 1 - (logits / softcap) ** 2
+            logits /= temperature
+            at = targets[part, None]
+            total = torch.logsumexp(logits, dim=-1, keepdim=True)
+            logprobs[part] = (logits.gather(1, at) - total)[:, 0]
+            probabilities = torch.exp(logits - total)
+            entropy[part] = total[:, 0] - (probabilities * logits).sum(-1)
+            if jacobian is not None:
+                difference = probabilities.neg_()
+                difference.scatter_add_(1, at, torch.ones_like(at, dtype=difference.dtype))
+                difference = difference * slope if softcap else difference
+                jacobian[part] = (difference / temperature).to(weight.dtype) @ weight
+        ctx.save_for_backward(jacobian)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (jacobian,) = ctx.saved_tensors
+        return (grad[:, None] * jacobian).to(jacobian.dtype), None, None, None, None

@@ -1,0 +1,169 @@
+"""Packed rows: several examples in one row, the completions of an example sharing its prompt.
+
+Dimension words: `length` tokens in a row, `completion` its completions, `predicted` its completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its completions as token ids.
+
+    `trained` marks the completion tokens that count (all of them where it is empty): in a conversation of several
+    turns, everything after the first prompt is one completion, of which the later turns of the user do not count.
+    `index` is the example's place in its data set.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the example takes in a row: the prompt once, and every completion."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Completion tokens that count."""
+        return sum(map(sum, self.trained)) if self.trained else self.tokens - len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one example lies in its row: the prompt's slice and the slice of each completion."""
+
+    prompt: slice
+    completions: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Examples laid end to end, with what the forward pass needs to keep them apart.
+
+    The token at `predicted_at[i]` predicts `targets[i]`, which belongs to completion `owner[i]` of the row. Completions are
+    numbered in the order of the examples.
+    """
+
+    examples: tuple[Example, ...]
+    segments: tuple[Segment, ...]
+    ids: Tensor  # (length,)
+    positions: Tensor  # (length,), from 0 in each prompt; every completion goes on from its prompt
+    predicted_at: Tensor  # (predicted,) places in the row
+    targets: Tensor  # (predicted,) token ids
+    trained_mask: Tensor  # (predicted,) True where a token counts
+    owner: Tensor  # (predicted,) number of the completion in the row
+    last: Tensor  # (completion,) place of each completion's last token
+
+    @property
+    def indices(self) -> list[int]:
+        """The examples' places in their data set."""
+        return [example.index for example in self.examples]
+
+    def to(self, device: torch.device | str) -> Row:
+        """The same row with its tensors on `device`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Row(**moved)
+
+    def sum_per_completion(self, per_token: Tensor) -> Tensor:
+        """Sum (predicted,) numbers over the tokens that count of each completion. Shape (completion,)."""
+        counted = torch.where(self.trained_mask, per_token, torch.zeros_like(per_token))
+        return per_token.new_zeros(len(self.last)).index_add(0, self.owner, counted)
+
+    def tokens_per_completion(self) -> Tensor:
+        """Tokens that count in each completion. Shape (completion,)."""
+        return self.sum_per_completion(torch.ones(len(self.targets), device=self.targets.device))
+
+
+@dataclass
+class _Layout:
+    """A row while it is laid out, as plain lists."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    predicted_at: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+
+    def add(self, example: Example) -> Segment:
+        start = len(self.ids)
+        prompt = slice(start, start + len(example.prompt))
+        self.ids += example.prompt
+        self.positions += range(len(example.prompt))
+        completions = []
+        for number, completion in enumerate(example.completions):
+            begin = len(self.ids)
+            completions.append(slice(begin, begin + len(completion)))
+            self.predicted_at += [prompt.stop - 1, *range(begin, begin + len(completion) - 1)]
+            self.targets += completion
+            self.trained += example.trained[number] if example.trained else [True] * len(completion)
+            self.owner += [len(self.last)] * len(completion)
+            self.last.append(begin + len(completion) - 1)
+            self.ids += completion
+            self.positions += range(len(example.prompt), len(example.prompt) + len(completion))
+        return Segment(prompt, tuple(completions))
+
+
+def make_row(examples: Sequence[Example]) -> Row:
+    """Lay examples out as one row.
+
+    Raises:
+        ValueError: if a prompt or a completion is empty; nothing would predict or be predicted.
+    """
+    for example in examples:
+        if not example.prompt or not all(example.completions):
+            raise ValueError(f"example {example.index} has an empty prompt or completion")
+    layout = _Layout()
+    segments = tuple(layout.add(example) for example in examples)
+    tensors = {name: torch.tensor(value) for name, value in vars(layout).items()}
+    return Row(tuple(examples), segments, trained_mask=tensors.pop("trained"), **tensors)
+
+
+def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Bins of indices whose sizes add up to at most `budget` (first fit, largest first); one larger stands alone."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        place = next((b for b, left in enumerate(room) if left >= sizes[index]), None)
+        if place is None:
+            bins.append([])
+            room.append(budget)
+            place = len(bins) - 1
+        bins[place].append(index)
+        room[place] -= sizes[index]
+    return [sorted(members) for members in bins]
+
+
+def pack(examples: Sequence[Example], row_tokens: int) -> list[Row]:
+    """Rows of at most `row_tokens` tokens that hold every example once."""
+    bins = fill([example.tokens for example in examples], row_tokens)
+    return [make_row([examples[i] for i in members]) for members in bins]
+
+
+def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Indices 0 to count - 1 in random order, cut into batches; the last may be smaller."""
+    order = torch.randperm(count, generator=generator).tolist()
+    starts = accumulate([batch_size] * (-(-count // batch_size) - 1), initial=0)
+    return [order[start : start + batch_size] for start in starts] if count else []
+
+
+def by_example(row: Row, per_completion: Tensor, read: Callable[[Tensor], float | list[float]]) -> dict[int, float | list[float]]:
+    """Per-completion numbers of a row, keyed by the example's index and read out with `read`."""
+    sizes = [len(example.completions) for example in row.examples]
+    return {example.index: read(part) for example, part in zip(row.examples, per_completion.split(sizes), strict=True)}

@@ -1,0 +1,151 @@
+"""Every setting of every stage: type, bounds, default, and what it means. Imports no torch.
+
+Units are in the text. `example` means one conversation (SFT), one pair (reward, DPO) or one prompt (PPO).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+KEEP_OUT_OF_IDENTITY = {"outcome": False}  # marks a setting that changes how a stage runs, not what comes out
+
+
+class Settings(BaseModel):
+    """Strict settings: unknown names and wrong types are refused, and nothing changes after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    revision: ClassVar[int] = 1
+    """Raised when the same settings begin to mean another outcome, so that older artifacts are made again."""
+
+    def deciding(self) -> dict:
+        """The settings that decide the outcome, for the stage's identity."""
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if (fields[name].json_schema_extra or {}) != KEEP_OUT_OF_IDENTITY
+        }
+
+
+class Lora(Settings):
+    """A low-rank adapter (Hu et al. 2021, arXiv 2106.09685): W x + alpha / rank * B A x, with W frozen."""
+
+    rank: int = Field(16, ge=1, le=1024, description="Rank of the two adapter matrices.")
+    alpha: float = Field(32.0, gt=0, description="Scale; the adapter's output is multiplied by alpha / rank.")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="Names of the linear layers to adapt, or 'all-linear' for all but the output layer."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training. PPO wants 0.")
+    dora: bool = Field(False, description="Train magnitude and direction apart (DoRA, arXiv 2402.09353).")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).")
+
+
+class Optimiser(Settings):
+    """What every stage that trains has."""
+
+    lora: Lora | None = Field(Lora(), description="Adapter settings; none trains all weights of the model.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients with a larger norm are scaled down to it.")
+    row_tokens: int = Field(1024, ge=16, description="Tokens in one packed row, that is in one forward pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, up to 1.5 times the time."
+    )
+    seed: int = Field(0, ge=0, description="Seed of everything random in the stage. The recipe's seed unless given.")
+
+
+class Training(Optimiser):
+    """What SFT, the reward model and DPO share."""
+
+    epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training examples.")
+    batch_size: int = Field(16, ge=1, description="Examples in one optimizer step.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0.")
+    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="How the learning rate falls to 0.")
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="Share of the prompts held out for evaluation, chosen by a hash of the prompt."
+    )
+    eval_every: int = Field(25, ge=1, description="Optimizer steps between evaluations on the held-out examples.")
+    save_every: int = Field(
+        20, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    max_length: int = Field(1024, ge=8, description="Longest example in tokens: the prompt and its longest completion.")
+    on_overlong: Literal["error", "drop"] = Field(
+        "drop", description="What becomes of examples over max_length. Their count is always shown."
+    )
+
+
+class SFTSettings(Training):
+    """Supervised fine-tuning: maximum likelihood of the assistant's turns."""
+
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training conversations.")
+    train_on: Literal["all", "last"] = Field("all", description="Learn every turn of the assistant, or its last one.")
+
+
+class RewardSettings(Training):
+    """Reward model: Bradley-Terry on preferences (Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."""
+
+    margins: bool = Field(
+        False, description="Subtract a row's `margin` from the score difference (Llama 2, arXiv 2307.09288, eq. 2)."
+    )
+    centering: float = Field(
+        0.01, ge=0, description="Weight of (chosen + rejected)^2 in the loss, which keeps scores near 0 (2312.09244)."
+    )
+    value_scale: float = Field(1.0, gt=0, description="Standard deviation of the head at start, times 1/sqrt(hidden+1).")
+
+
+class DPOSettings(Training):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    loss: Literal["sigmoid", "ipo", "hinge", "apo_zero", "sigmoid_norm"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO, with each row's chosen_probability (cDPO); ipo: 2310.12036; hinge: SLiC, 2305.10425; "
+        "apo_zero: 2408.06266; sigmoid_norm: SimPO, 2405.14734, per token and without a reference.",
+    )
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; SimPO's scale (2.0 is usual there).")
+    simpo_gamma: float = Field(0.5, ge=0, description="Target margin of sigmoid_norm, divided by beta as SimPO does.")
+    sft_weight: float = Field(0.0, ge=0, description="Weight of an added SFT term on the chosen completion, per token.")
+
+
+class PPOSettings(Optimiser):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the reference."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
+    value_learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
+    iterations: int = Field(16, ge=1, description="Rounds of sampling and updating.")
+    prompts_per_iteration: int = Field(16, ge=1, description="Prompts sampled in one round.")
+    completions_per_prompt: int = Field(2, ge=1, description="Completions of each prompt; its tokens are computed once.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
+    max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are left out, and counted.")
+    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature; every log-probability uses it too.")
+    epochs: int = Field(2, ge=1, description="Passes over a round's rollouts.")
+    minibatches: int = Field(2, ge=1, description="Optimizer steps in each of those passes.")
+    clip_range: float = Field(0.2, gt=0, description="How far the ratio may move from 1 before it stops earning.")
+    value_clip: float = Field(0.2, gt=0, description="How far a value may move from its rollout's in one round.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation (1506.02438).")
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty to the reference in each token's reward.")
+    missing_eos_score: float | None = Field(
+        -1.0, description="Score of a completion that never ends its turn, in place of the reward model's; none keeps it."
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the rounds over which the learning rates rise from 0.")
+    merged_sampler: bool = Field(
+        True, description="Sample from a copy with the adapters merged: about twice as fast, for one more copy of the weights."
+    )
+    save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
+
+
+class EvaluateSettings(Settings):
+    """Sample every policy on the same prompts and compare."""
+
+    max_prompts: int | None = Field(None, ge=1, description="Use the first this many prompts; none uses all.")
+    samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature; the KL is measured at it too.")
+    row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
