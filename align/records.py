@@ -27,6 +27,8 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    source_line: int = Field(0, exclude=True)
+
 
 def _as_messages(value: Any, role: str) -> Any:
     """A plain text is one message of that role."""
@@ -127,13 +129,13 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
 
 
 def _parse(line: str, kind: type[R], where: str) -> R:
-    columns = ", ".join(repr(name) for name in kind.model_fields)
+    columns = ", ".join(repr(name) for name in kind.model_fields if name != "source_line")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise AlignError(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line with {columns}.") from None
     try:
-        return kind.model_validate(row)
+        return kind.model_validate(row | {"source_line": int(where.rpartition(":")[2])} if isinstance(row, dict) else row)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))

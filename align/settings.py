@@ -101,13 +101,13 @@ class DPOSettings(Training):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
-    loss: Literal["sigmoid", "ipo", "hinge", "apo_zero", "sigmoid_norm"] = Field(
+    loss: Literal["sigmoid", "ipo", "hinge", "apo_zero", "sigmoid_norm", "simpo"] = Field(
         "sigmoid",
         description="sigmoid: DPO, with each row's chosen_probability (cDPO); ipo: 2310.12036; hinge: SLiC, 2305.10425; "
-        "apo_zero: 2408.06266; sigmoid_norm: SimPO, 2405.14734, per token and without a reference.",
+        "apo_zero: 2408.06266; sigmoid_norm: DPO per token, 2411.15124; simpo: 2405.14734, per token and without a reference.",
     )
-    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; SimPO's scale (2.0 is usual there).")
-    simpo_gamma: float = Field(0.5, ge=0, description="Target margin of sigmoid_norm, divided by beta as SimPO does.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; simpo's scale (2.0 is usual there).")
+    simpo_gamma: float = Field(0.5, ge=0, description="Target margin of simpo.")
     sft_weight: float = Field(0.0, ge=0, description="Weight of an added SFT term on the chosen completion, per token.")
 
 

@@ -28,7 +28,8 @@ class Outputs(NamedTuple):
 def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Outputs:
     """Run a row through the base with the role's adapters, and through its head if it has one."""
     row = row.to(trunk.device)
-    with trunk.switched_to(role):
+    mixed = torch.autocast(trunk.device.type, torch.bfloat16, enabled=trunk.autocast)
+    with trunk.switched_to(role), mixed:
         hidden = hidden_states(trunk, row)
         if role.head is not None:
             head = trunk.heads[role.head]

@@ -76,6 +76,7 @@ class Trunk:
         self.heads = nn.ModuleDict()
         self._layers: list[LoraLayer] = []
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.autocast = False  # matrix products in bfloat16 on float32 weights, for full fine-tuning
         self.packs = True
         self.packs = self._packing_is_exact()
 

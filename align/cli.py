@@ -1,0 +1,133 @@
+"""The command line. `--help` imports neither torch nor pydantic."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.errors import AlignError
+
+if TYPE_CHECKING:
+    from align.recipe import Recipe
+
+FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `align` command."""
+    sys.exit(guarded(_dispatch, sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def guarded(command, *arguments) -> int:
+    """Run a command; a user's mistake is a message and exit code 2, an interruption 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    try:
+        command(*arguments)
+    except AlignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nstopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return _run_script(Path(arguments[1]), arguments[2:])
+    parser = argparse.ArgumentParser(prog="align", description="From a pretrained language model to an aligned one, in one recipe.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a recipe script: align run recipes/quickstart.py [--plan] [--set stage.setting=value] ...")
+    run.add_argument("script", type=Path, help="the recipe; `align run SCRIPT --help` lists its stages' settings")
+    show = commands.add_parser("show", help="what a run has made: stages, state, key metrics, parents")
+    show.add_argument("run", type=Path, help="a run's folder, such as runs/quickstart, or one stage in it")
+    chat = commands.add_parser("chat", help="talk to a policy in the terminal")
+    chat.add_argument("policy", type=Path, help="a stage's folder, or a run's (its last policy)")
+    chat.add_argument("--against", type=Path, metavar="RUN/STAGE", help="a second policy, answering beside the first")
+    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.command == "show":
+        from align.show import show_run
+
+        show_run(options.run)
+    else:
+        from align.talk import talk
+
+        talk(options.policy, options.against, options.system, options.temperature, options.max_new_tokens, options.seed)
+    return None
+
+
+def _run_script(script: Path, arguments: list[str]) -> None:
+    """Run a recipe script as `python SCRIPT ...` would."""
+    if not script.is_file():
+        from align.files import shipped_file
+
+        shipped = shipped_file(str(script))
+        if script.is_absolute() or not shipped.is_file():
+            raise AlignError(f"align run: there is no script {str(script)!r}.")
+        script = shipped
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            sys.exit(stop.code)
+
+
+def recipe_main(recipe: Recipe, arguments: Sequence[str] | None) -> int:
+    """The command line that every recipe script has."""
+    return guarded(_recipe, recipe, sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _recipe(recipe: Recipe, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"python {Path(sys.argv[0]).name}" if sys.argv[0] else "recipe",
+        description=f"Run the recipe {recipe.name!r}: {' -> '.join(recipe.stages)}. Run it again and only what changed, or was not finished, runs.",
+        epilog="STAGES and their settings, for --set:\n" + _settings_help(recipe) if {"-h", "--help"} & set(arguments) else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--plan", action="store_true", help="show what would run and what is done; loads no weights")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="change a setting or a data file; repeatable")
+    parser.add_argument("--out", type=Path, default=recipe.default_folder, help="the run's folder (default: %(default)s)")
+    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="run only this stage; repeatable")
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it again, even where they are done")
+    options = parser.parse_args(arguments)
+    for text in options.set:
+        recipe.override(text)
+    from align.show import show_plan, show_results
+
+    if options.plan:
+        from align.plan import make_plan
+
+        show_plan(recipe, make_plan(recipe, options.out, options.only, options.start), options.out)
+        return
+    from align.run import execute
+
+    execute(recipe, options.out, options.only, options.start)
+    show_results(options.out, list(recipe.stages))
+
+
+def _settings_help(recipe: Recipe) -> str:
+    from align.overrides import help_lines
+
+    lines = []
+    for stage in recipe.stages.values():
+        lines += ["", f"{stage.name}: {(type(stage.settings).__doc__ or '').strip()}"]
+        lines += [f"  {stage.name}.{role}=FILE  (now {path})" for role, (path, _) in stage.files.items()]
+        for name, default, kind, meaning in help_lines(type(stage.settings), stage.name):
+            lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
+    return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.tracker: of the whole recipe"])

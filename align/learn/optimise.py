@@ -1,0 +1,189 @@
+"""The one training loop of SFT, the reward model and DPO, and the update step that PPO shares with it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from align.errors import AlignError
+from align.learn.checkpoint import load_checkpoint, save_checkpoint
+from align.model.packing import Example, Row, pack, shuffled_batches
+from align.progress import Meter
+from align.settings import Training
+
+Totals = dict[str, float]
+Sums = dict[str, tuple[float, float]]  # metric -> (sum, number of things summed)
+
+
+class Objective(Protocol):
+    """What a stage learns. Its loss is a sum over the row, divided by totals of the whole optimizer step."""
+
+    def totals(self, examples: Sequence[Example]) -> Totals:
+        """What the examples of a step count: tokens, pairs."""
+        ...
+
+    def __call__(self, row: Row, totals: Totals) -> tuple[Tensor, Sums]:
+        """The row's share of the step's loss, and sums for its metrics."""
+        ...
+
+
+class Means:
+    """Metrics as sums and counts over rows, so that a mean does not depend on how rows were packed."""
+
+    def __init__(self) -> None:
+        """Start with nothing; a metric nobody added stays unknown."""
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, sums: Sums) -> None:
+        """Add a row's sums."""
+        for name, (value, count) in sums.items():
+            self.sums[name][0] += value
+            self.sums[name][1] += count
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """Each metric's mean."""
+        return {prefix + name: value / count for name, (value, count) in self.sums.items() if count}
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `steps`: a linear rise, then a fall to 0."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    done = (step - rising) / max(1, steps - rising)
+    if decay == "constant":
+        return peak
+    return peak * (1 - done) if decay == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(groups: Sequence[Sequence[Parameter]], weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW with one group per list of parameters; their learning rates are set at every step."""
+    return torch.optim.AdamW([{"params": list(group)} for group in groups], lr=0.0, weight_decay=weight_decay, eps=eps, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_norm: float) -> list[float]:
+    """One optimizer step from gradients already summed over the step's rows.
+
+    Args:
+        optimizer: its groups are clipped one by one.
+        rates: learning rate of each group.
+        max_grad_norm: gradients of a group with a larger norm are scaled down to it.
+
+    Returns:
+        Each group's gradient norm before clipping.
+    """
+    norms = []
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+def epoch_batches(examples: Sequence[Example], settings: Training, epoch: int) -> list[list[Row]]:
+    """An epoch's optimizer steps, each as rows. The same for the same seed, whatever came before."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    batches = shuffled_batches(len(examples), settings.batch_size, generator)
+    return [pack([examples[i] for i in batch], settings.row_tokens) for batch in batches]
+
+
+def count_steps(examples: int, settings: Training) -> int:
+    """Optimizer steps of the whole training."""
+    return max(1, math.ceil(settings.epochs * math.ceil(examples / settings.batch_size)))
+
+
+def evaluate(objective: Objective, examples: Sequence[Example], row_tokens: int) -> dict[str, float]:
+    """Metrics on examples, without learning; nothing where there are no examples."""
+    means = Means()
+    totals = objective.totals(examples)
+    with torch.no_grad():
+        for row in pack(examples, row_tokens):
+            means.add(objective(row, totals)[1])
+    return means.means("heldout_")
+
+
+def train(
+    objective: Objective,
+    parameters: dict[str, Parameter],
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    settings: Training,
+    folder: Path,
+    meter: Meter,
+    where: list[str],
+) -> dict[str, float]:
+    """Train `parameters` on the examples, going on from the folder's checkpoint if there is one.
+
+    Args:
+        objective: gives each row's share of the loss.
+        parameters: what is trained, by name. They must require gradients; nothing else may.
+        examples: to learn.
+        heldout: to evaluate every `eval_every` steps and at the end.
+        settings: batch, rate, schedule, clipping, seed.
+        folder: where the checkpoint is.
+        meter: gets the metrics of every step.
+        where: file and line of each example, by its index, for the error below.
+
+    Returns:
+        The last held-out metrics, or nothing where nothing was held out.
+
+    Raises:
+        AlignError: where the loss or gradient is not finite, naming the rows that caused it. The checkpoint stays.
+    """
+    optimizer = make_optimizer([list(parameters.values())], settings.weight_decay)
+    steps = count_steps(len(examples), settings)
+    torch.manual_seed(settings.seed)  # dropout's randomness, unless a checkpoint brings its own
+    start, extra = load_checkpoint(folder, parameters, optimizer)
+    last: dict[str, float] = extra.get("heldout", {})
+    meter.begin(steps, start)
+    epoch, batches = -1, [[]]
+    for step in range(start, steps):
+        per_epoch = math.ceil(len(examples) / settings.batch_size)
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            batches = epoch_batches(examples, settings, epoch)
+        rows = batches[step % per_epoch]
+        rate = learning_rate(step, steps, settings.learning_rate, settings.warmup, settings.decay)
+        metrics = _step(objective, rows, optimizer, rate, settings, where)
+        done = step + 1
+        if heldout and (done % settings.eval_every == 0 or done == steps):
+            last = evaluate(objective, heldout, settings.row_tokens)
+        meter.step(done, {**metrics, **(last if done % settings.eval_every == 0 or done == steps else {})}, sum(len(r.ids) for r in rows))
+        if done % settings.save_every == 0 or done == steps:
+            save_checkpoint(folder, done, parameters, optimizer, {"heldout": last})
+    return last
+
+
+def _step(
+    objective: Objective, rows: list[Row], optimizer: torch.optim.Optimizer, rate: float, settings: Training, where: list[str]
+) -> dict[str, float]:
+    """Forward, backward and update of one optimizer step."""
+    totals = objective.totals([example for row in rows for example in row.examples])
+    means, loss_sum = Means(), 0.0
+    for row in rows:
+        loss, sums = objective(row, totals)
+        if not torch.isfinite(loss):
+            raise _not_finite("loss", float(loss), [row], where)
+        loss.backward()
+        means.add(sums)
+        loss_sum += float(loss.detach())
+    (norm,) = update(optimizer, [rate], settings.max_grad_norm)
+    if not math.isfinite(norm):
+        raise _not_finite("gradient norm", norm, rows, where)
+    return {"loss": loss_sum, **means.means(), "grad_norm": norm, "learning_rate": rate}
+
+
+def _not_finite(what: str, value: float, rows: list[Row], where: list[str]) -> AlignError:
+    lines = ", ".join(where[index] for row in rows for index in row.indices)
+    return AlignError(
+        f"training stopped: the {what} is {value}; expected a finite number. It came from {lines}.\n"
+        "  The last checkpoint is kept. Look at those rows, or lower the learning rate (--set STAGE.learning_rate=...), and run again."
+    )

@@ -1,0 +1,149 @@
+"""What a recipe would do in a folder: each stage's identity, whether it is done, and why not. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from align.artifact import ARCHIVE, FACTS, FORMAT, Artifact, identity_of
+from align.base import Base, file_sha256, find_base
+from align.errors import AlignError
+from align.files import data_file
+from align.recipe import BASE, Recipe, Stage
+from align.records import Row, read_rows
+from align.settings import Training
+
+PARTIAL = ".partial"
+
+
+@dataclass
+class Planned:
+    """A stage with everything that decides its outcome looked up."""
+
+    stage: Stage
+    identity: str
+    base: Base
+    files: dict[str, Path]
+    data: dict[str, dict[str, Any]]  # input -> path, sha256, rows, characters
+    parents: dict[str, dict[str, Any] | None]  # role -> name, identity, path; None for the base
+    final: Path
+    work: Path
+    state: Literal["done", "archived", "resume", "run", "skip"] = "run"
+    reason: str = ""
+    former: Artifact | None = field(default=None, repr=False)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the stage took when it last ran here, whatever its settings were."""
+        return self.former.facts["seconds"] if self.former else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet."""
+        settings = self.stage.settings
+        if isinstance(settings, Training):
+            rows = next(iter(self.data.values()))["rows"] * (1 - settings.holdout)
+            return max(1, round(settings.epochs * rows / settings.batch_size))
+        return getattr(settings, "iterations", 1)
+
+
+def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | None = None) -> list[Planned]:
+    """Look up every stage of a recipe in a run's folder.
+
+    Args:
+        recipe: as declared and overridden.
+        run: the run's folder.
+        only: stages to run; others must be done if these need them.
+        start: run this stage and those after it again, even where they are done.
+
+    Raises:
+        AlignError: for a missing or malformed data file, an unknown base or stage, or an input that is not there.
+    """
+    for name in [*only, *([start] if start else [])]:
+        if name not in recipe.stages:
+            raise AlignError(f"this recipe has no stage {name!r}. It has: {', '.join(recipe.stages)}.")
+    base = find_base(recipe.base_model, recipe.revision)
+    plans: dict[str, Planned] = {}
+    names = list(recipe.stages)
+    for name, stage in recipe.stages.items():
+        again = start is not None and names.index(name) >= names.index(start)
+        plans[name] = _plan_stage(stage, base, run, plans, again)
+    for name in names:
+        if only and name not in only:
+            plans[name].state = "done" if plans[name].state == "done" else "skip"
+    for name in only:
+        needed = [h.name for h in recipe.stages[name].inputs.values() if h.name in plans and h.name not in only]
+        missing = [n for n in needed if plans[n].state != "done"]
+        if missing:
+            raise AlignError(f"--only {name}: needs {', '.join(missing)}, which is not done in {run}. Run without --only first, or add it.")
+    return list(plans.values())
+
+
+def _plan_stage(stage: Stage, base: Base, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
+    files = {role: data_file(path, f"{stage.name}.{role}") for role, (path, _) in stage.files.items()}
+    data = {role: _look_at(path, stage.files[role][1]) for role, path in files.items()}
+    parents: dict[str, dict[str, Any] | None] = {}
+    for role, handle in stage.inputs.items():
+        if handle is BASE:
+            parents[role] = None
+        elif handle.artifact is not None:
+            parents[role] = {"name": handle.name, "identity": handle.artifact.identity, "path": str(handle.artifact.folder.resolve())}
+        else:
+            parents[role] = {"name": handle.name, "identity": plans[handle.name].identity, "path": f"../{handle.name}"}
+    identity = identity_of(
+        {
+            "format": FORMAT,
+            "stage": stage.kind,
+            "revision": stage.settings.revision,
+            "settings": stage.settings.deciding(),
+            "base": base.identity,
+            "parents": {role: parent and parent["identity"] for role, parent in parents.items()},
+            "data": {role: facts["sha256"] for role, facts in data.items()},
+        }
+    )
+    work = run / PARTIAL / f"{stage.name}-{identity[:12]}"
+    planned = Planned(stage, identity, base, files, data, parents, run / stage.name, work)
+    _find_state(planned, run, plans, again)
+    return planned
+
+
+def _look_at(path: Path, kind: type[Row]) -> dict[str, Any]:
+    """A data file's hash and size, after every row of it was read and checked."""
+    rows = read_rows(path, kind)
+    return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows), "bytes": path.stat().st_size}
+
+
+def _find_state(planned: Planned, run: Path, plans: dict[str, Planned], again: bool) -> None:
+    name, identity = planned.stage.name, planned.identity
+    if (planned.final / FACTS).is_file():
+        planned.former = Artifact.open(planned.final)
+    aside = run / ARCHIVE / f"{name}-{identity[:12]}"
+    if again:
+        planned.reason = "asked for by --from"
+    elif planned.former and planned.former.identity == identity:
+        planned.state = "done"
+    elif (aside / FACTS).is_file() and Artifact.open(aside).identity == identity:
+        planned.state, planned.reason = "archived", "made before with these settings; taken from the archive"
+    elif (planned.work / "checkpoint.safetensors").is_file():
+        planned.state, planned.reason = "resume", "stopped before; goes on from its last checkpoint"
+    elif planned.former:
+        planned.reason = _difference(planned, plans)
+    else:
+        planned.reason = "not made yet"
+
+
+def _difference(planned: Planned, plans: dict[str, Planned]) -> str:
+    """Why a stage that was made once must be made again."""
+    assert planned.former is not None
+    facts, now = planned.former.facts, planned.stage.settings.model_dump(mode="json")
+    changes = [f"{key} {facts['settings'].get(key)} -> {now[key]}" for key in now if facts["settings"].get(key) != now[key]]
+    changes += [f"data {role}" for role, look in planned.data.items() if facts["data"].get(role, {}).get("sha256") != look["sha256"]]
+    for role, parent in planned.parents.items():
+        before = facts["parents"].get(role)
+        if (before and before["identity"]) != (parent and parent["identity"]):
+            changes.append(f"{role} {parent['name'] if parent else 'base'}")
+    if facts["base"]["identity"] != planned.base.identity:
+        changes.append("the base model")
+    return "changed: " + ", ".join(changes or ["this version of align makes it differently"])

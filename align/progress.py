@@ -1,0 +1,85 @@
+"""What a long stage shows while it runs, and the metrics it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 10.0  # without a terminal
+
+
+class Meter:
+    """A progress bar with a rate and the metrics that matter, `metrics.jsonl`, and optionally a tracker."""
+
+    def __init__(self, name: str, folder: Path, shown: tuple[str, ...], unit: str = "tokens", tracker: Any = None):
+        """Report for a stage.
+
+        Args:
+            name: the stage's name.
+            folder: where metrics.jsonl goes.
+            shown: metrics to show beside the bar, those that are there.
+            unit: what the rate counts.
+            tracker: anything with `log(values, step=)`, such as an Accelerator with trackers.
+        """
+        self.name, self.path, self.shown, self.unit, self.tracker = name, folder / "metrics.jsonl", shown, unit, tracker
+        self._bar: Progress | None = None
+        self._total = 0
+        self._begun = self._spoke = time.monotonic()
+        self._counted = 0.0
+        self._latest: dict[str, float] = {}
+
+    def begin(self, total: int, start: int = 0) -> None:
+        """Start at step `start` of `total`, dropping metrics of later steps that a killed run left."""
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self._total, self._begun, self._counted = total, time.monotonic(), 0.0
+        if start:
+            console.print(f"  {self.name}: going on from step {start} of {total}")
+        if console.is_terminal:
+            columns = (TextColumn("  {task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=total, completed=start, text="")
+
+    def step(self, step: int, metrics: dict[str, float], counted: float) -> None:
+        """Record a step's metrics; `counted` units were worked through since the last call."""
+        self._counted += counted
+        seconds = time.monotonic() - self._begun
+        self._latest.update(metrics)
+        row = {"step": step, **metrics, "seconds": round(seconds, 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(metrics, step=step)
+        rate = f"{self._counted / max(seconds, 1e-9):,.0f} {self.unit}/s"
+        text = "  ".join([rate, *(f"{name} {self._latest[name]:.3g}" for name in self.shown if name in self._latest)])
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES or step == self._total:
+            self._spoke = time.monotonic()
+            console.print(f"  {self.name} {step}/{self._total}  {text}")
+
+    def phase(self, text: str) -> None:
+        """Say what is going on inside a step."""
+        if self._bar:
+            self._bar.update(self._task, text=text)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    console.print(text)
+    sys.stdout.flush()

@@ -1,0 +1,234 @@
+"""Declaring a recipe: calling a stage returns a typed handle, and nothing runs until `main`. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.artifact import Artifact
+from align.errors import AlignError
+from align.overrides import build, parse_override, replace_in
+from align.records import Conversation, Preference, Prompt, Row
+from align.settings import DPOSettings, EvaluateSettings, PPOSettings, RewardSettings, Settings, SFTSettings
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a stage will make: its name, or the folder of an artifact from elsewhere."""
+
+    name: str
+    artifact: Artifact | None = None
+
+
+class Policy(Handle):
+    """A model that answers: the base, or what sft, dpo and ppo make."""
+
+
+class RewardModel(Handle):
+    """A model that scores a completion."""
+
+
+class Evaluation(Handle):
+    """A comparison of policies."""
+
+
+BASE = Policy("base")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A declared stage."""
+
+    name: str
+    kind: str  # the module in align/stages that runs it
+    makes: type[Handle]
+    settings: Settings
+    inputs: dict[str, Handle]
+    files: dict[str, tuple[str, type[Row]]]  # input -> (file as written, what its rows must be)
+
+
+class Recipe:
+    """A chain of stages on one base model.
+
+    Args:
+        name: the run's folder is runs/NAME unless --out says otherwise.
+        base: 'embedded', a folder, a .gguf file, or a hub id.
+        revision: of a hub id.
+        seed: of every stage that is not given its own.
+        tracker: tensorboard, wandb, trackio or mlflow, beside metrics.jsonl; none by default.
+    """
+
+    def __init__(self, name: str, *, base: str, revision: str | None = None, seed: int = 0, tracker: str | None = None):
+        """See the class."""
+        if tracker is not None and tracker not in TRACKERS:
+            raise AlignError(f"recipe: tracker {tracker!r} is not known; expected one of {', '.join(TRACKERS)}, or none.")
+        self.name, self.base_model, self.revision, self.seed, self.tracker = name, base, revision, seed, tracker
+        self.stages: dict[str, Stage] = {}
+
+    @property
+    def base(self) -> Policy:
+        """The base model as a policy, untrained."""
+        return BASE
+
+    # Stages -----------------------------------------------------------------------------------------------------------
+
+    def sft(self, *, data: str | os.PathLike, policy: Policy = BASE, name: str = "sft", **settings: Any) -> Policy:
+        """Supervised fine-tuning of a policy on conversations (columns `messages`, or `prompt` and `completion`)."""
+        inputs = {"policy": (policy, Policy)}
+        return self._declare(name, "sft", Policy, SFTSettings, inputs, {"data": (data, Conversation)}, settings)
+
+    def reward(
+        self,
+        *,
+        preferences: str | os.PathLike,
+        policy: Policy = BASE,
+        demonstrations: str | os.PathLike | None = None,
+        name: str = "reward",
+        **settings: Any,
+    ) -> RewardModel:
+        """A reward model on top of a policy, from preferences (`prompt`, `chosen`, `rejected`, optional `chosen_probability`).
+
+        Its scores are centred on `demonstrations` (conversations), by default the data of the SFT stage it stands on.
+        """
+        if demonstrations is None and policy.name in self.stages:
+            declared = self.stages[policy.name].files.get("data")
+            demonstrations = declared[0] if declared else None
+        files: dict[str, tuple[Any, type[Row]]] = {"preferences": (preferences, Preference)}
+        if demonstrations is not None:
+            files["demonstrations"] = (demonstrations, Conversation)
+        return self._declare(name, "reward", RewardModel, RewardSettings, {"policy": (policy, Policy)}, files, settings)
+
+    def dpo(self, *, preferences: str | os.PathLike, policy: Policy = BASE, name: str = "dpo", **settings: Any) -> Policy:
+        """Direct preference optimisation of a policy, with that policy as the reference."""
+        inputs = {"policy": (policy, Policy)}
+        return self._declare(name, "dpo", Policy, DPOSettings, inputs, {"preferences": (preferences, Preference)}, settings)
+
+    def ppo(
+        self, *, reward_model: RewardModel, prompts: str | os.PathLike, policy: Policy = BASE, name: str = "ppo", **settings: Any
+    ) -> Policy:
+        """PPO of a policy against a reward model that stands on the same policy, with a KL penalty to where it starts."""
+        inputs = {"policy": (policy, Policy), "reward_model": (reward_model, RewardModel)}
+        return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, Prompt)}, settings)
+
+    def evaluate(
+        self,
+        *,
+        policies: Sequence[Policy],
+        prompts: str | os.PathLike,
+        reward_model: RewardModel,
+        name: str = "evaluate",
+        **settings: Any,
+    ) -> Evaluation:
+        """Sample policies on the same prompts and compare them with the first: score, length, KL, end-of-turn rate."""
+        if not policies:
+            raise AlignError(f"{name}: 'policies' is empty; give at least one policy.")
+        inputs: dict[str, tuple[Any, type[Handle]]] = {f"policies.{i}": (policy, Policy) for i, policy in enumerate(policies)}
+        inputs["reward_model"] = (reward_model, RewardModel)
+        return self._declare(name, "evaluate", Evaluation, EvaluateSettings, inputs, {"prompts": (prompts, Prompt)}, settings)
+
+    def load(self, folder: str | os.PathLike) -> Any:
+        """A policy or reward model from another run's folder, such as runs/a/sft."""
+        artifact = Artifact.open(Path(folder))
+        kind = {"policy": Policy, "reward_model": RewardModel}.get(artifact.kind)
+        if kind is None:
+            raise AlignError(f"{folder}: is an {artifact.kind}; expected a policy or a reward model.")
+        return kind(artifact.name, artifact)
+
+    def _declare(
+        self,
+        name: str,
+        kind: str,
+        makes: type[Handle],
+        settings_kind: type[Settings],
+        inputs: dict[str, tuple[Any, type[Handle]]],
+        files: dict[str, tuple[Any, type[Row]]],
+        settings: dict[str, Any],
+    ) -> Any:
+        if name in self.stages or name == "base" or not name.replace("_", "").replace("-", "").isalnum():
+            taken = "is taken" if name in self.stages or name == "base" else "may hold letters, digits, '-' and '_' only"
+            raise AlignError(f"{kind}: the stage name {name!r} {taken}. Give it another, such as name={f'{kind}2'!r}.")
+        for role, (handle, wanted) in inputs.items():
+            if not isinstance(handle, wanted):
+                found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
+                raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
+            if handle.artifact is None and handle is not BASE and handle.name not in self.stages:
+                raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
+        checked = build(settings_kind, {"seed": self.seed, **settings}, name)
+        handles = {role: handle for role, (handle, _) in inputs.items()}
+        paths = {role: (os.fspath(path), row) for role, (path, row) in files.items()}
+        self.stages[name] = Stage(name, kind, makes, checked, handles, paths)
+        return makes(name)
+
+    # Overrides --------------------------------------------------------------------------------------------------------
+
+    def override(self, text: str) -> None:
+        """Apply one `--set`: stage.setting=value, stage.input=FILE, or recipe.base / .seed / .tracker=value.
+
+        Raises:
+            AlignError: where the stage or setting is unknown, or the value does not fit.
+        """
+        path, value = parse_override(text)
+        name, *rest = path
+        if name == "recipe":
+            return self._override_recipe(rest, value)
+        if name not in self.stages:
+            raise AlignError(f"--set {text}: this recipe has no stage {name!r}. It has: {', '.join(self.stages)}, and recipe.")
+        stage = self.stages[name]
+        if rest[0] in stage.files and len(rest) == 1:
+            files = {**stage.files, rest[0]: (str(value), stage.files[rest[0]][1])}
+            self.stages[name] = replace(stage, files=files)
+        else:
+            self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))
+        return None
+
+    def _override_recipe(self, path: list[str], value: Any) -> None:
+        if path == ["base"]:
+            self.base_model = str(value)
+        elif path == ["revision"]:
+            self.revision = str(value)
+        elif path == ["tracker"] and (value is None or value in TRACKERS):
+            self.tracker = value
+        elif path == ["seed"] and isinstance(value, int) and value >= 0:
+            for name, stage in self.stages.items():
+                if getattr(stage.settings, "seed", None) == self.seed:
+                    self.stages[name] = replace(stage, settings=replace_in(stage.settings, ["seed"], value, name))
+            self.seed = value
+        else:
+            raise AlignError(
+                f"--set recipe.{'.'.join(path)}={value}: expected recipe.base, recipe.revision, recipe.seed (0 or more) "
+                f"or recipe.tracker ({', '.join(TRACKERS)})."
+            )
+
+    # Running ----------------------------------------------------------------------------------------------------------
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """The command line of a recipe script: run it, or show its plan."""
+        from align.cli import recipe_main
+
+        sys.exit(recipe_main(self, arguments))
+
+    def run(self, out: str | os.PathLike | None = None) -> Path:
+        """Run every stage that is not done, from Python, and return the run's folder."""
+        from align.run import execute
+
+        folder = Path(out) if out is not None else self.default_folder
+        execute(self, folder)
+        return folder
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the run goes unless told otherwise."""
+        return Path("runs") / self.name
+
+
+_MAKERS = {
+    Policy: "from recipe.sft, recipe.dpo, recipe.ppo or recipe.base",
+    RewardModel: "from recipe.reward",
+    Evaluation: "from recipe.evaluate",
+}

@@ -1,0 +1,199 @@
+"""Running a recipe: one run per folder at a time, each stage in a folder of its own that appears when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import importlib.metadata
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.artifact import FORMAT, Artifact, archive, full_disk_explained, publish
+from align.base import Base
+from align.errors import AlignError
+from align.plan import Planned, make_plan
+from align.progress import Meter, console, say
+from align.recipe import Recipe
+from align.settings import Settings
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+
+
+@dataclass
+class Job:
+    """What a stage is given: its settings, the artifacts and files it reads, and the folder it works in."""
+
+    name: str
+    settings: Any
+    base: Base
+    parents: dict[str, Artifact | None]
+    files: dict[str, Path]
+    work: Path
+    tracker: Any = None
+
+    def meter(self, *shown: str, unit: str = "tokens") -> Meter:
+        """A progress report that shows these metrics."""
+        return Meter(self.name, self.work, shown, unit, self.tracker)
+
+
+@dataclass
+class Result:
+    """What a stage says of what it made; the rest of artifact.json is the engine's."""
+
+    kind: str
+    model: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | None = None) -> None:
+    """Run what is not done yet.
+
+    Raises:
+        AlignError: for anything a user can mend. Finished stages and checkpoints stay.
+    """
+    make_plan(recipe, run, only, start)  # every mistake that can be seen beforehand is told before the folder is made
+    with full_disk_explained(run), locked(run):
+        plans = make_plan(recipe, run, only, start)
+        (run / "run.json").write_text(json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n")
+        for number, planned in enumerate(plans, 1):
+            label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"
+            if planned.state == "done":
+                say(f"{label} done before, {_ago(planned)}")
+            elif planned.state == "archived":
+                archive(planned.final)
+                os.rename(run / "archive" / f"{planned.stage.name}-{planned.identity[:12]}", planned.final)
+                say(f"{label} taken from the archive")
+            elif planned.state != "skip":
+                say(f"{label} {planned.reason}")
+                _run_stage(recipe, planned)
+
+
+def _ago(planned: Planned) -> str:
+    return f"in {planned.seconds:.0f} s" if planned.seconds is not None else ""
+
+
+def _run_stage(recipe: Recipe, planned: Planned) -> None:
+    stage = planned.stage
+    planned.work.mkdir(parents=True, exist_ok=True)
+    parents = {role: parent and _open_parent(planned, parent) for role, parent in planned.parents.items()}
+    begun = time.monotonic()
+    _reset_peak_memory()
+    with _tracker(recipe, planned) as tracker:
+        job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, tracker)
+        with full_disk_explained(planned.final):
+            result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
+    seconds_file = planned.work / "seconds.json"
+    (planned.work / "checkpoint.safetensors").unlink(missing_ok=True)
+    seconds_file.unlink(missing_ok=True)
+    facts = describe(planned, result, time.monotonic() - begun)
+    publish(planned.work, planned.final, facts)
+    with contextlib.suppress(OSError):
+        planned.work.parent.rmdir()
+
+
+def _open_parent(planned: Planned, parent: dict[str, Any]) -> Artifact:
+    folder = planned.final / parent["path"] if parent["path"].startswith("..") else Path(parent["path"])
+    artifact = Artifact.open(Path(os.path.normpath(folder)), verify=True)
+    if artifact.identity != parent["identity"]:
+        raise AlignError(
+            f"{planned.stage.name}: {folder} now has identity {artifact.identity[:12]}, but {parent['identity'][:12]} is expected. "
+            "Run the whole recipe again."
+        )
+    return artifact
+
+
+def describe(planned: Planned, result: Result, seconds: float) -> dict[str, Any]:
+    """artifact.json without its list of files."""
+    stage = planned.stage
+    return {
+        "format": FORMAT,
+        "kind": result.kind,
+        "stage": stage.kind,
+        "name": stage.name,
+        "identity": planned.identity,
+        "settings": stage.settings.model_dump(mode="json"),
+        "parents": planned.parents,
+        "base": vars(planned.base),
+        "data": {role: {**look, **result.data.get(role, {})} for role, look in planned.data.items()},
+        "model": result.model,
+        "metrics": result.metrics,
+        "checks": result.checks,
+        "seconds": round(seconds, 2),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {name: importlib.metadata.version(name) for name in ("align", *LIBRARIES)} | {"python": sys.version.split()[0]},
+    }
+
+
+@contextlib.contextmanager
+def _tracker(recipe: Recipe, planned: Planned) -> Iterator[Any]:
+    """Accelerate's tracker for the stage, if the recipe names one."""
+    if recipe.tracker is None:
+        yield None
+        return
+    if importlib.util.find_spec(recipe.tracker) is None:
+        raise AlignError(f"recipe.tracker: the package {recipe.tracker!r} is not installed. Install it: pip install {recipe.tracker}")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=recipe.tracker, project_dir=planned.final.parent / "tracker")
+    accelerator.init_trackers(f"{recipe.name}-{planned.stage.name}", config=_flat(planned.stage.settings))
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    """Settings as the plain values trackers take."""
+    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in settings}
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep a run's folder to one process. The system releases the lock however the process ends.
+
+    Raises:
+        AlignError: where another process is running in the folder.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise AlignError(f"{run}: {who} is running here. Wait for it, or give this run a folder of its own: --out runs/other") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')},")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _reset_peak_memory() -> None:
+    """Begin a new count of the peak, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gb() -> float:
+    """Most memory the process has held since the stage began (Linux), or since the process began."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e6
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+__all__ = ["Job", "Result", "console", "execute"]

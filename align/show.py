@@ -1,0 +1,139 @@
+"""Plans, runs and results as tables in the terminal."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from align.artifact import FACTS, Artifact
+from align.errors import AlignError
+from align.plan import PARTIAL, Planned
+from align.progress import console
+from align.recipe import Recipe
+
+SAMPLES_SHOWN = 4
+KEY_METRICS = ("heldout_loss", "heldout_accuracy", "score", "kl", "length")
+
+
+def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
+    """What would run, what is done, and what it costs as far as that is known."""
+    table = Table("stage", "from", "rows", "steps", "state", "why", "last took", title=f"{recipe.name} on {recipe.base_model} in {run}", title_justify="left")
+    words = {"done": "[green]done[/]", "archived": "[green]done[/]", "resume": "[yellow]resume[/]", "run": "[yellow]run[/]", "skip": "skip"}
+    for planned in plans:
+        parents = ", ".join(dict.fromkeys(parent["name"] if parent else "base" for parent in planned.parents.values()))
+        rows = ", ".join(f"{look['rows']} {role}" for role, look in planned.data.items())
+        took = f"{planned.seconds:.0f} s" if planned.seconds is not None else "not known"
+        table.add_row(planned.stage.name, parents, rows, str(planned.steps), words[planned.state], escape(planned.reason), took)
+    console.print(table)
+    todo = [p for p in plans if p.state in ("run", "resume")]
+    known = [p.seconds for p in todo if p.seconds is not None]
+    if todo:
+        cost = f"about {sum(known) / 60:.1f} minutes by the last run here" if len(known) == len(todo) else "time not known before the first run"
+        console.print(f"{len(todo)} of {len(plans)} stages would run; {cost}.")
+    else:
+        console.print("Nothing to do: every stage is done.")
+
+
+def open_run(run: Path) -> list[Artifact]:
+    """A run's finished stages, in the recipe's order.
+
+    Raises:
+        AlignError: where the folder is no run.
+    """
+    listing = run / "run.json"
+    if not listing.is_file():
+        raise AlignError(f"{run}: not a run's folder (no run.json). Runs are in runs/ unless --out said otherwise.")
+    try:
+        names = json.loads(listing.read_text())["stages"]
+    except (ValueError, KeyError, TypeError):
+        raise AlignError(f"{listing}: cannot be read. Run the recipe again; it writes the file anew.") from None
+    return [Artifact.open(run / name) for name in names if (run / name / FACTS).is_file()]
+
+
+def show_run(folder: Path) -> None:
+    """`align show`: a run's stages, or one stage in full."""
+    if (folder / FACTS).is_file():
+        facts = Artifact.open(folder).facts
+        console.print_json(json.dumps({k: v for k, v in facts.items() if k != "files"}))
+        return
+    artifacts = open_run(folder)
+    made = {artifact.name: artifact for artifact in artifacts}
+    table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left")
+    for name in json.loads((folder / "run.json").read_text())["stages"]:
+        if name in made:
+            facts = made[name].facts
+            parents = ", ".join(dict.fromkeys(p["name"] if p else "base" for p in facts["parents"].values()))
+            stale = [p["name"] for p in facts["parents"].values() if p and p["name"] in made and made[p["name"]].identity != p["identity"]]
+            state = f"[yellow]outdated ({', '.join(stale)} changed)[/]" if stale else "[green]done[/]"
+            table.add_row(name, facts["kind"], parents, state, f"{facts['seconds']:.0f}", f"{facts['peak_memory_gb']:.2f}", _key_metrics(facts["metrics"]))
+        else:
+            begun = any((folder / PARTIAL).glob(f"{name}-*")) if (folder / PARTIAL).is_dir() else False
+            table.add_row(name, "", "", "[yellow]stopped in the middle[/]" if begun else "not made", "", "", "")
+    console.print(table)
+    show_results(folder, list(made), samples=0)
+
+
+def _key_metrics(metrics: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.3g}" for name in KEY_METRICS if isinstance(metrics.get(name), int | float))
+
+
+def show_results(run: Path, stages: list[str], samples: int = SAMPLES_SHOWN) -> None:
+    """Each evaluation's table, a few samples side by side, and where everything is."""
+    for name in stages:
+        if (run / name / FACTS).is_file():
+            artifact = Artifact.open(run / name)
+            if artifact.kind == "evaluation":
+                console.print(results_table(artifact))
+                if samples:
+                    _show_samples(artifact.folder / "samples.jsonl", samples)
+    console.print(f"The run is in {run}. See it: align show {run}    Talk to it: align chat {run}")
+
+
+def results_table(artifact: Artifact) -> Table:
+    """Policies with means and 95 percent intervals, compared with the first."""
+    metrics = artifact.facts["metrics"]
+    first = metrics["policies"][0]["name"]
+    title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
+    table = Table("policy", "score", f"better than {first} by", f"scores over {first}", f"KL to {first}", "length", "ends its turn", title=title, title_justify="left")
+    for row in metrics["policies"]:
+        table.add_row(
+            row["name"],
+            _with_interval(row["score"], row["score_interval"]),
+            _with_interval(row["difference"], row["difference_interval"]),
+            "" if row["better_share"] is None else f"{row['better_share']:.0%} of prompts",
+            "not known" if row["kl"] is None else f"{row['kl']:.1f} nats",
+            f"{row['length']:.0f} tokens",
+            f"{row['ended']:.0%}",
+        )
+    return table
+
+
+def _with_interval(mean: float | None, interval: list[float] | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:+.2f}" + (f" ± {(interval[1] - interval[0]) / 2:.2f}" if interval else "")
+
+
+def _show_samples(path: Path, count: int) -> None:
+    """Answers of the first and the last policy to a few prompts, chosen by lot and the same every time."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in random.Random(0).sample(rows, min(count, len(rows))):
+        names = list(row["answers"])
+        grid = Table.grid(padding=(0, 2), expand=True)
+        shown = dict.fromkeys([names[0], names[-1]])
+        for _ in shown:
+            grid.add_column(ratio=1)
+        grid.add_row(*(f"[bold]{name}[/] (score {row['answers'][name][0]['score']:+.2f})" for name in shown))
+        grid.add_row(*(escape(_printable(row["answers"][name][0]["text"])) for name in shown))
+        console.print(Panel(grid, title=escape(_printable(row["prompt"][-1]["content"])[:110]), title_align="left"))
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which a model may write and a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

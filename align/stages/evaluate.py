@@ -1,0 +1,167 @@
+"""Evaluation: every policy answers the same prompts; score, length, KL and end-of-turn rate beside the first policy's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from statistics import fmean, pstdev, stdev
+from typing import Any
+
+import torch
+
+from align.artifact import Artifact
+from align.errors import AlignError
+from align.model.forward import forward
+from align.model.generate import Completion
+from align.model.load import Sampler, load_role, open_trunk, root_identity
+from align.model.packing import Example, Row, pack
+from align.model.trunk import Role, Trunk
+from align.records import Prompt, read_rows, write_jsonl
+from align.run import Job, Result
+from align.settings import EvaluateSettings
+
+
+@dataclass
+class Answers:
+    """A policy's completions with what was measured of each, prompt by prompt."""
+
+    name: str
+    identity: str
+    examples: list[Example]
+    completions: list[list[Completion]]
+    texts: list[list[str]]
+    scores: list[list[float]]
+    kl: list[list[float]] | None  # to the first policy; unknown where that stands on other weights
+
+
+def run(job: Job) -> Result:
+    """Sample, score and compare."""
+    settings: EvaluateSettings = job.settings
+    rows = read_rows(job.files["prompts"], Prompt)[: settings.max_prompts]
+    policies = [job.parents[role] for role in job.parents if role.startswith("policies.")]
+    reward = job.parents["reward_model"]
+    assert reward is not None
+    meter = job.meter("score", unit="prompts")
+    meter.begin(len(policies))
+    answers = []
+    open_now: tuple[str, Trunk, Any] | None = None
+    for number, policy in enumerate(policies):
+        root = root_identity(job.base, policy)
+        if open_now is None or open_now[0] != root:
+            open_now = None  # let the former weights go before the next are loaded
+            open_now = (root, *open_trunk(job.base, policy))
+        _, trunk, chat = open_now
+        meter.phase(f"sampling {_name(policy)}")
+        answer = _answer(policy, trunk, chat, rows, settings, job.base.identity)
+        if root == root_identity(job.base, policies[0]):
+            answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
+        if root == root_identity(job.base, reward):
+            answer.scores = _scores(trunk, load_role(trunk, reward), answer.examples, settings)
+        answers.append(answer)
+        meter.step(number + 1, {"score": fmean(sum(answer.scores, []))} if answer.scores else {}, len(rows))
+    meter.close()
+    unscored = [answer for answer in answers if not answer.scores]
+    if unscored:
+        open_now = None
+        _score_apart(job, reward, unscored, settings)
+    table = [compare(answer, answers[0]) for answer in answers]
+    (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
+    write_jsonl(job.work / "samples.jsonl", sample_rows(rows, answers))
+    return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
+
+
+def _name(policy: Artifact | None) -> str:
+    return policy.name if policy else "base"
+
+
+def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str) -> Answers:
+    role = load_role(trunk, policy)
+    prompts = [chat.prompt_ids(row.prompt) for row in rows]
+    completions = Sampler(trunk).sample(
+        role, prompts, settings.samples_per_prompt, settings.max_new_tokens, settings.temperature, chat.stop_ids, seed=settings.seed
+    )
+    examples = [Example(i, p, tuple(c.ids for c in cs)) for i, (p, cs) in enumerate(zip(prompts, completions, strict=True))]
+    texts = [[chat.text(c.ids) for c in cs] for cs in completions]
+    return Answers(_name(policy), policy.identity if policy else base, examples, completions, texts, [], None)
+
+
+@torch.no_grad()
+def _scores(trunk: Trunk, reward: Role, examples: list[Example], settings: EvaluateSettings) -> list[list[float]]:
+    """The reward model's score of each completion."""
+    found: dict[int, list[float]] = {}
+    for row in pack(examples, settings.row_tokens):
+        scores = forward(trunk, reward, row).scores
+        found |= _by_example(row, scores)
+    return [found[example.index] for example in examples]
+
+
+@torch.no_grad()
+def _kl(trunk: Trunk, policy: Role, first: Role, examples: list[Example], settings: EvaluateSettings) -> list[list[float]]:
+    """log pi - log pi_first of each sampled completion at the sampling temperature: its mean estimates KL(pi, pi_first) in nats."""
+    found: dict[int, list[float]] = {}
+    for row in pack(examples, settings.row_tokens):
+        difference = (
+            forward(trunk, policy, row, settings.temperature).logprobs - forward(trunk, first, row, settings.temperature).logprobs
+        )
+        found |= _by_example(row, row.sum_per_completion(difference.cpu()))
+    return [found[example.index] for example in examples]
+
+
+def _by_example(row: Row, per_completion: torch.Tensor) -> dict[int, list[float]]:
+    """Per-completion numbers of a row, keyed by the example's index."""
+    sizes = [len(example.completions) for example in row.examples]
+    return {e.index: part.tolist() for e, part in zip(row.examples, per_completion.cpu().split(sizes), strict=True)}
+
+
+def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: EvaluateSettings) -> None:
+    """Score with a reward model that stands on weights of its own; it must share the policies' tokenizer."""
+    trunk, chat = open_trunk(job.base, reward)
+    role = load_role(trunk, reward)
+    for answer in answers:
+        policy = next((p for p in job.parents.values() if p and p.identity == answer.identity), None)
+        if policy and policy.facts["model"]["tokenizer"] != chat.tokenizer_fingerprint:
+            raise AlignError(f"{job.name}: policy {answer.name!r} and reward model {reward.name!r} have different tokenizers; expected the same.")
+        answer.scores = _scores(trunk, role, answer.examples, settings)
+
+
+def compare(answer: Answers, first: Answers) -> dict[str, Any]:
+    """A policy's line of the table: means with 95 percent intervals, and the difference to the first policy, paired by prompt."""
+    scores = [fmean(of_prompt) for of_prompt in answer.scores]
+    differences = [score - fmean(other) for score, other in zip(scores, first.scores, strict=True)]
+    completions = [completion for of_prompt in answer.completions for completion in of_prompt]
+    return {
+        "name": answer.name,
+        "identity": answer.identity,
+        "score": fmean(scores),
+        "score_interval": interval(scores),
+        "score_spread": pstdev(scores),
+        "difference": None if answer is first else fmean(differences),
+        "difference_interval": None if answer is first else interval(differences),
+        "better_share": None if answer is first else sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences),
+        "kl": None if answer.kl is None else fmean(fmean(of_prompt) for of_prompt in answer.kl),
+        "length": fmean(len(c.ids) for c in completions),
+        "ended": sum(c.ended for c in completions) / len(completions),
+    }
+
+
+def interval(numbers: list[float]) -> list[float] | None:
+    """95 percent interval of a mean by the normal approximation; unknown for fewer than two numbers."""
+    if len(numbers) < 2:
+        return None
+    half = 1.96 * stdev(numbers) / math.sqrt(len(numbers))
+    return [fmean(numbers) - half, fmean(numbers) + half]
+
+
+def sample_rows(rows: list[Prompt], answers: list[Answers]) -> list[dict[str, Any]]:
+    """For each prompt what every policy answered, with its score."""
+    return [
+        {
+            "prompt": [message.model_dump() for message in row.prompt],
+            "answers": {
+                answer.name: [{"text": t, "score": s, "ended": c.ended} for t, s, c in zip(answer.texts[i], answer.scores[i], answer.completions[i], strict=True)]
+                for answer in answers
+            },
+        }
+        for i, row in enumerate(rows)
+    ]

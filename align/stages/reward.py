@@ -1,0 +1,135 @@
+"""Reward model: an adapter and a head that score a whole completion, learned from preferences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.examples import Examples, prepare
+from align.learn.losses import bradley_terry_loss
+from align.learn.optimise import Sums, Totals, evaluate, train
+from align.model.forward import forward
+from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
+from align.model.packing import Example, Row, pack
+from align.records import Conversation, Preference, first_user_turn, read_rows
+from align.run import Job, Result
+from align.settings import RewardSettings
+
+PROBE_PAIRS = 8
+
+
+class BradleyTerry:
+    """Cross-entropy of each pair's probability, averaged over the pairs of the optimizer step."""
+
+    def __init__(self, trainee: Trainee, rows: list[Preference], settings: RewardSettings):
+        """Learn the trainee's role on rows that examples refer to by index."""
+        self.trainee, self.rows, self.settings = trainee, rows, settings
+
+    def totals(self, examples: Sequence[Example]) -> Totals:
+        """Pairs."""
+        return {"pairs": len(examples)}
+
+    def __call__(self, row: Row, totals: Totals) -> tuple[Tensor, Sums]:
+        """The row's share of the loss, and how often the score agrees with the label (where the label says anything)."""
+        scores = forward(self.trainee.trunk, self.trainee.role, row).scores
+        assert scores is not None
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        probability = scores.new_tensor([self.rows[i].chosen_probability for i in row.indices])
+        margin = scores.new_tensor([self.rows[i].margin if self.settings.margins else 0.0 for i in row.indices])
+        losses = bradley_terry_loss(chosen, rejected, probability, margin, self.settings.centering)
+        return losses.sum() / totals["pairs"], {
+            "loss": (float(losses.detach().sum()), len(losses)),
+            **agreement(chosen - rejected, probability),
+        }
+
+
+def agreement(difference: Tensor, probability: Tensor) -> Sums:
+    """How often a positive difference meets a label in favour of chosen, and the mean difference; undecided labels are left out."""
+    decided = probability != 0.5
+    agree = ((difference > 0) == (probability > 0.5))[decided]
+    return {
+        "accuracy": (float(agree.sum()), int(decided.sum())),
+        "margin": (float(difference.detach().sum()), len(difference)),
+    }
+
+
+def run(job: Job) -> Result:
+    """Train a reward model, centre its scores, and record probe scores."""
+    settings: RewardSettings = job.settings
+    trainee = open_trainee(job, wants_head=True)
+    path = job.files["preferences"]
+    data = prepare_preferences(job, trainee, path)
+    checks = {"change_at_start": largest_change_at_start(trainee, data.training[:2]) if trainee.adapter else 0.0}
+    objective = BradleyTerry(trainee, data.rows, settings)
+    trainee.trunk.set_dropout(True)
+    meter = job.meter("loss", "accuracy", "heldout_accuracy")
+    metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
+    trainee.trunk.set_dropout(False)
+    offset, centred_on = _centre(job, trainee, data)
+    heldout = evaluate(objective, data.heldout, settings.row_tokens)
+    save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
+    trainee.trunk.heads[job.name].save(job.work / HEAD)
+    trainee.trunk.autocast = False  # as it will be when it is loaded
+    probes = save_probes(trainee.trunk, trainee.role, (data.heldout or data.training)[:PROBE_PAIRS], job.work)
+    metrics = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
+    model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
+    return Result("reward_model", model, metrics, {**checks, "probe_scores": probes, "centred_on": centred_on}, {"preferences": data.facts})
+
+
+def prepare_preferences(job: Job, trainee: Trainee, path: Path) -> Examples[Preference]:
+    """Preferences as examples of two completions, chosen first."""
+    rows = read_rows(path, Preference)
+    return prepare(job.name, path, rows, trainee.chat.preference, lambda row: first_user_turn(row.prompt), job.settings)
+
+
+def _centre(job: Job, trainee: Trainee, data: Examples[Preference]) -> tuple[float, str]:
+    """Subtract the mean score of the demonstrations (Huang et al. 2024, arXiv 2403.17031), or of the chosen completions."""
+    if "demonstrations" in job.files:
+        rows = read_rows(job.files["demonstrations"], Conversation)
+        examples = [trainee.chat.conversation(i, row.messages, last_turn_only=True) for i, row in enumerate(rows)]
+        examples = [example for example in examples if example.longest <= job.settings.max_length]
+        what = "demonstrations"
+    else:
+        examples = [Example(e.index, e.prompt, e.completions[:1]) for e in data.training]
+        what = "chosen completions"
+    scores = score(trainee, examples, job.settings.row_tokens)
+    head = trainee.trunk.heads[job.name]
+    with torch.no_grad():
+        head.offset += scores.mean()
+    return float(head.offset), what
+
+
+def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
+    """Scores of every completion. Shape (completions,), in the order of the rows."""
+    with torch.no_grad():
+        return torch.cat([forward(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
+
+
+def baselines(data: Examples[Preference], heldout: dict[str, float]) -> dict[str, float | list[float]]:
+    """The interval of the held-out accuracy, and what 'the longer one' would reach on the same pairs."""
+    pairs = [(e, data.rows[e.index].chosen_probability) for e in data.heldout]
+    decided = [(e, p) for e, p in pairs if p != 0.5]
+    if not decided:
+        return {}
+    right = 0.0
+    for example, probability in decided:
+        longer = len(example.completions[0]) - len(example.completions[1])
+        right += 0.5 if longer == 0 else float((longer > 0) == (probability > 0.5))
+    accuracy = heldout["heldout_accuracy"]
+    return {
+        "heldout_pairs": len(decided),
+        "heldout_accuracy_interval": wilson_interval(accuracy * len(decided), len(decided)),
+        "longer_is_better_accuracy": right / len(decided),
+    }
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.96) -> list[float]:
+    """95 percent interval of a proportion (Wilson 1927, eq. 4)."""
+    share = successes / trials
+    centre = share + z**2 / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return [(centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)]
