@@ -1,4 +1,4 @@
-"""Attention over a packed row, segment by segment, so that nothing is paid for what examples may not see.
+"""Attention over a packed row, block by block, so that nothing is paid for what examples may not see.
 
 Registered with transformers' attention interface. With `row_segments` it takes one packed row; without, it is plain
 scaled dot-product attention, which the decoding steps use.
@@ -6,11 +6,13 @@ scaled dot-product attention, which the decoding steps use.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align.model.packing import Segment
@@ -34,9 +36,9 @@ def packed_attention(
     """Attend within each example: the prompt to itself, each completion to its prompt and itself, causally.
 
     Args:
-        module: the attention layer; its `num_key_value_groups` says how many queries share a key.
-        query: shape (1, heads, length, head size).
-        key: shape (1, key heads, length, head size).
+        module: the attention layer.
+        query: shape (1, heads, length, size).
+        key: shape (1, key heads, length, size).
         value: like key.
         attention_mask: not read for a packed row; passed on otherwise.
         scaling: factor of the products of queries and keys.
@@ -45,32 +47,100 @@ def packed_attention(
         row_segments: where the row's examples lie.
 
     Returns:
-        Shape (1, length, heads, head size), and None for the weights.
+        Shape (1, length, heads, size), and None for the weights.
     """
     if row_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    parts = []
-    for segment in row_segments:
-        first = slice(segment.prompt.start, segment.completions[0].stop)  # the prompt and what follows it: plain causal
-        parts.append(_attend(query[:, :, first], key[:, :, first], value[:, :, first], scaling, sliding_window))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _RowAttention.apply(query[0], key[0], value[0], scaling, sliding_window, row_segments)
+    return output.transpose(0, 1)[None], None
+
+
+class _RowAttention(torch.autograd.Function):
+    """softmax(q k^T) v for each block of the row, keeping the log of the softmax's sum instead of its weights.
+
+    Dao et al. 2022 (arXiv 2205.14135) without the tiling: blocks are short, and plain batched products beat the processor's
+    flash kernel on them. Queries that share a key head are laid side by side, so keys and values are never repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]):
+        heads, length, size = query.shape
+        grouped = query.reshape(len(key), heads // len(key), length, size)
+        output = torch.empty_like(grouped)
+        log_sum = torch.empty(grouped.shape[:3], dtype=torch.float32, device=query.device)
+        for at, places in _blocks(segments):
+            q, k, v = _flat(grouped, at), _take(key, places), _take(value, places)
+            scores = _scores(q, k, scaling, at, window)
+            total = torch.logsumexp(scores, dim=-1, keepdim=True)
+            weights = scores.sub_(total).exp_().to(v.dtype)
+            output[:, :, at] = torch.bmm(weights, v).view(output[:, :, at].shape)
+            log_sum[:, :, at] = total.view(log_sum[:, :, at].shape)
+        ctx.save_for_backward(grouped, key, value, output, log_sum)
+        ctx.rest = (scaling, window, segments)
+        return output.view(heads, length, size)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grouped, key, value, output, log_sum = ctx.saved_tensors
+        scaling, window, segments = ctx.rest
+        grad = grad.reshape(grouped.shape)
+        inner = (grad * output).sum(-1, dtype=torch.float32)
+        d_query, d_key, d_value = torch.empty_like(grouped), torch.zeros_like(key), torch.zeros_like(value)
+        for at, places in _blocks(segments):
+            q, k, v, g = _flat(grouped, at), _take(key, places), _take(value, places), _flat(grad, at)
+            scores = _scores(q, k, scaling, at, window)
+            weights = scores.sub_(_flat(log_sum[..., None], at)).exp_()
+            _add(d_value, places, torch.bmm(weights.to(v.dtype).transpose(1, 2), g))
+            d_weights = torch.bmm(g, v.transpose(1, 2)).float().sub_(_flat(inner[..., None], at))
+            d_scores = weights.mul_(d_weights).mul_(scaling).to(q.dtype)
+            d_query[:, :, at] = torch.bmm(d_scores, k).view(d_query[:, :, at].shape)
+            _add(d_key, places, torch.bmm(d_scores.transpose(1, 2), q))
+        return d_query.view(-1, *d_query.shape[2:]), d_key, d_value, None, None, None
+
+
+def _blocks(segments: tuple[Segment, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+    """(queries, keys) of each block: a prompt with its first completion, then every other completion after the prompt."""
+    for segment in segments:
+        first = slice(segment.prompt.start, segment.completions[0].stop)
+        yield first, (first,)
         for completion in segment.completions[1:]:
-            keys = torch.cat([key[:, :, segment.prompt], key[:, :, completion]], dim=2)
-            values = torch.cat([value[:, :, segment.prompt], value[:, :, completion]], dim=2)
-            parts.append(_attend(query[:, :, completion], keys, values, scaling, sliding_window))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+            yield completion, (segment.prompt, completion)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Causal attention of queries that are the last ones of the keys' sequence."""
-    queries, keys = query.shape[2], key.shape[2]
-    if queries == keys and (window is None or keys <= window):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    at = torch.arange(keys - queries, keys, device=query.device)[:, None]
-    behind = at - torch.arange(keys, device=query.device)[None, :]
-    mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+def _flat(grouped: Tensor, at: slice) -> Tensor:
+    """(key heads, group, length, size) to (key heads, group * block, size)."""
+    part = grouped[:, :, at]
+    return part.reshape(len(part), -1, part.shape[-1])
+
+
+def _take(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:
+    parts = [tensor[:, place] for place in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add(tensor: Tensor, places: tuple[slice, ...], grad: Tensor) -> None:
+    start = 0
+    for place in places:
+        size = place.stop - place.start
+        tensor[:, place] += grad[:, start : start + size]
+        start += size
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float, at: slice, window: int | None) -> Tensor:
+    """Scaled products in float32, -inf where a query may not see. Shape (key heads, group * block, keys)."""
+    scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scaling)
+    queries, keys = at.stop - at.start, key.shape[1]
+    hidden = _hidden(queries, keys, window if window is not None and window < keys else None, query.device)
+    scores.view(len(scores), -1, queries, keys).masked_fill_(hidden, float("-inf"))
+    return scores
+
+
+@lru_cache(maxsize=512)
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a query may not see a key: the future, and what is further back than the window."""
+    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+    return (behind < 0) if window is None else (behind < 0) | (behind >= window)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -13,14 +13,14 @@ from align.model.packing import Row
 if TYPE_CHECKING:
     from align.model.trunk import Role, Trunk
 
-CHUNK = 256  # predicted tokens whose logits are in memory at one time
+CHUNK = 128  # predicted tokens whose logits are in memory at one time
 
 
 class Outputs(NamedTuple):
     """What a role says about a row. `logprobs` without a head, `values` and `scores` with one."""
 
     logprobs: Tensor | None  # (predicted,) float32, at the given temperature
-    entropy: Tensor | None  # (predicted,) float32, without gradient
+    entropy: Tensor | None  # (predicted,) float32; unknown (nan) where gradients are wanted
     values: Tensor | None  # (predicted,) float32: the head before each completion token
     scores: Tensor | None  # (completion,) float32: the head at the last token of each completion
 
@@ -108,25 +108,24 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy = torch.full_like(logprobs, float("nan"))
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
+            part, at = slice(start, start + CHUNK), targets[start : start + CHUNK, None]
             logits = (hidden[part] @ weight.T).float()
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
                 slope = 1 - (logits / softcap) ** 2
-            logits /= temperature
-            at = targets[part, None]
-            total = torch.logsumexp(logits, dim=-1, keepdim=True)
-            logprobs[part] = (logits.gather(1, at) - total)[:, 0]
-            probabilities = torch.exp(logits - total)
-            entropy[part] = total[:, 0] - (probabilities * logits).sum(-1)
-            if jacobian is not None:
-                difference = probabilities.neg_()
-                difference.scatter_add_(1, at, torch.ones_like(at, dtype=difference.dtype))
-                difference = difference * slope if softcap else difference
-                jacobian[part] = (difference / temperature).to(weight.dtype) @ weight
+            logits = logits.div_(temperature) if temperature != 1 else logits
+            logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
+            logprobs[part] = logits.gather(1, at)[:, 0]
+            if jacobian is None:
+                entropy[part] = -torch.linalg.vecdot(logits, logits.exp())
+                continue
+            difference = logits.exp_().neg_()
+            difference.scatter_add_(1, at, torch.ones_like(at, dtype=difference.dtype))
+            difference = difference.mul_(slope) if softcap else difference
+            jacobian[part] = difference.to(weight.dtype) @ weight / temperature
         ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from align.errors import AlignError
 from align.model import attention
 from align.model.forward import forward, hidden_states
+from align.model.lora import run_in_base_precision, runs_plainly
 from align.model.packing import Example, make_row
 from align.settings import Lora
 
@@ -151,21 +152,21 @@ class Trunk:
             use_rslora=lora.rslora,
         )
         try:
-            if self.peft is None:
-                self.peft = get_peft_model(self.model, config, adapter_name=name)
-            else:
-                self.peft.add_adapter(name, config)
+            with self._adding_adapter():
+                if self.peft is None:
+                    self.peft = get_peft_model(self.model, config, adapter_name=name)
+                else:
+                    self.peft.add_adapter(name, config)
         except ValueError as error:
             raise AlignError(f"{name}.lora.targets: {lora.targets!r} fits no layer of this model.\n  {error}") from None
-        self._adapters_changed()
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Add a trained adapter, frozen."""
-        if self.peft is None:
-            self.peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, is_trainable=False)
-        else:
-            self.peft.load_adapter(folder, adapter_name=name, is_trainable=False)
-        self._adapters_changed()
+        with self._adding_adapter():
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, is_trainable=False)
+            else:
+                self.peft.load_adapter(folder, adapter_name=name, is_trainable=False)
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write one adapter in peft's own form: folder/adapter_model.safetensors and adapter_config.json."""
@@ -184,9 +185,17 @@ class Trunk:
                 if f".{target}." in name and "lora_" in name:
                     parameter.copy_(parameters[name.replace(f".{target}.", f".{source}.")])
 
-    def _adapters_changed(self) -> None:
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+    @contextmanager
+    def _adding_adapter(self) -> Iterator[None]:
+        """peft turns gradients on and off for whole adapters when one is added; here nothing but the new one may change."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        yield
         self.model.eval().requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in self._layers:
+            run_in_base_precision(layer)
 
     @contextmanager
     def switched_to(self, role: Role) -> Iterator[None]:
@@ -266,8 +275,7 @@ class Trunk:
 
     def can_merge(self) -> bool:
         """Whether the adapters are plain LoRA on plain linear layers: no DoRA, no 4-bit base."""
-        layers = self._layers
-        return all(type(layer.get_base_layer()) is nn.Linear and not any(layer.use_dora.values()) for layer in layers)
+        return all(runs_plainly(layer) for layer in self._layers)
 
 
 def _plain_name(name: str) -> str:
