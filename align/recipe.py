@@ -110,7 +110,13 @@ class Recipe:
         return self._declare(name, "dpo", Policy, DPOSettings, inputs, {"preferences": (preferences, Preference)}, settings)
 
     def ppo(
-        self, *, reward_model: RewardModel, prompts: str | os.PathLike, policy: Policy = BASE, name: str = "ppo", **settings: Any
+        self,
+        *,
+        reward_model: RewardModel,
+        prompts: str | os.PathLike,
+        policy: Policy = BASE,
+        name: str = "ppo",
+        **settings: Any,
     ) -> Policy:
         """PPO of a policy against a reward model that stands on the same policy, with a KL penalty to where it starts."""
         inputs = {"policy": (policy, Policy), "reward_model": (reward_model, RewardModel)}
@@ -158,7 +164,9 @@ class Recipe:
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
                 raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
             if handle.artifact is None and handle is not BASE and handle.name not in self.stages:
-                raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
+                raise AlignError(
+                    f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder)."
+                )
         checked = build(settings_kind, {"seed": self.seed, **settings}, name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
         paths = {role: (os.fspath(path), row) for role, (path, row) in files.items()}

@@ -23,8 +23,24 @@ KEY_METRICS = ("heldout_loss", "heldout_accuracy", "score", "kl", "length")
 
 def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
     """What would run, what is done, and what it costs as far as that is known."""
-    table = Table("stage", "from", "rows", "steps", "state", "why", "last took", title=f"{recipe.name} on {recipe.base_model} in {run}", title_justify="left")
-    words = {"done": "[green]done[/]", "archived": "[green]done[/]", "resume": "[yellow]resume[/]", "run": "[yellow]run[/]", "skip": "skip"}
+    table = Table(
+        "stage",
+        "from",
+        "rows",
+        "steps",
+        "state",
+        "why",
+        "last took",
+        title=f"{recipe.name} on {recipe.base_model} in {run}",
+        title_justify="left",
+    )
+    words = {
+        "done": "[green]done[/]",
+        "archived": "[green]done[/]",
+        "resume": "[yellow]resume[/]",
+        "run": "[yellow]run[/]",
+        "skip": "skip",
+    }
     for planned in plans:
         parents = ", ".join(dict.fromkeys(parent["name"] if parent else "base" for parent in planned.parents.values()))
         rows = ", ".join(f"{look['rows']} {role}" for role, look in planned.data.items())
@@ -34,7 +50,11 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
     todo = [p for p in plans if p.state in ("run", "resume")]
     known = [p.seconds for p in todo if p.seconds is not None]
     if todo:
-        cost = f"about {sum(known) / 60:.1f} minutes by the last run here" if len(known) == len(todo) else "time not known before the first run"
+        cost = (
+            f"about {sum(known) / 60:.1f} minutes by the last run here"
+            if len(known) == len(todo)
+            else "time not known before the first run"
+        )
         console.print(f"{len(todo)} of {len(plans)} stages would run; {cost}.")
     else:
         console.print("Nothing to do: every stage is done.")
@@ -64,14 +84,28 @@ def show_run(folder: Path) -> None:
         return
     artifacts = open_run(folder)
     made = {artifact.name: artifact for artifact in artifacts}
-    table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left")
+    table = Table(
+        "stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left"
+    )
     for name in json.loads((folder / "run.json").read_text())["stages"]:
         if name in made:
             facts = made[name].facts
             parents = ", ".join(dict.fromkeys(p["name"] if p else "base" for p in facts["parents"].values()))
-            stale = [p["name"] for p in facts["parents"].values() if p and p["name"] in made and made[p["name"]].identity != p["identity"]]
+            stale = [
+                p["name"]
+                for p in facts["parents"].values()
+                if p and p["name"] in made and made[p["name"]].identity != p["identity"]
+            ]
             state = f"[yellow]outdated ({', '.join(stale)} changed)[/]" if stale else "[green]done[/]"
-            table.add_row(name, facts["kind"], parents, state, f"{facts['seconds']:.0f}", f"{facts['peak_memory_gb']:.2f}", _key_metrics(facts["metrics"]))
+            table.add_row(
+                name,
+                facts["kind"],
+                parents,
+                state,
+                f"{facts['seconds']:.0f}",
+                f"{facts['peak_memory_gb']:.2f}",
+                _key_metrics(facts["metrics"]),
+            )
         else:
             begun = any((folder / PARTIAL).glob(f"{name}-*")) if (folder / PARTIAL).is_dir() else False
             table.add_row(name, "", "", "[yellow]stopped in the middle[/]" if begun else "not made", "", "", "")
@@ -100,7 +134,17 @@ def results_table(artifact: Artifact) -> Table:
     metrics = artifact.facts["metrics"]
     first = metrics["policies"][0]["name"]
     title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
-    table = Table("policy", "score", f"better than {first} by", f"scores over {first}", f"KL to {first}", "length", "ends its turn", title=title, title_justify="left")
+    table = Table(
+        "policy",
+        "score",
+        f"better than {first} by",
+        f"scores over {first}",
+        f"KL to {first}",
+        "length",
+        "ends its turn",
+        title=title,
+        title_justify="left",
+    )
     for row in metrics["policies"]:
         table.add_row(
             row["name"],

@@ -16,7 +16,9 @@ from torch.nn import Parameter
 FILE = "checkpoint.safetensors"
 
 
-def save_checkpoint(folder: Path, step: int, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+) -> None:
     """Write trained parameters, their optimizer state, the random state and `extra` (JSON) after `step` steps."""
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
     for name, parameter in parameters.items():
@@ -29,7 +31,9 @@ def save_checkpoint(folder: Path, step: int, parameters: dict[str, Parameter], o
     os.replace(temporary, folder / FILE)
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
     """Restore what `save_checkpoint` wrote, in place.
 
     Returns:

@@ -65,7 +65,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str)
 
 def make_optimizer(groups: Sequence[Sequence[Parameter]], weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW with one group per list of parameters; their learning rates are set at every step."""
-    return torch.optim.AdamW([{"params": list(group)} for group in groups], lr=0.0, weight_decay=weight_decay, eps=eps, fused=True)
+    return torch.optim.AdamW(
+        [{"params": list(group)} for group in groups], lr=0.0, weight_decay=weight_decay, eps=eps, fused=True
+    )
 
 
 def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_norm: float) -> list[float]:
@@ -156,7 +158,11 @@ def train(
         done = step + 1
         if heldout and (done % settings.eval_every == 0 or done == steps):
             last = evaluate(objective, heldout, settings.row_tokens)
-        meter.step(done, {**metrics, **(last if done % settings.eval_every == 0 or done == steps else {})}, sum(len(r.ids) for r in rows))
+        meter.step(
+            done,
+            {**metrics, **(last if done % settings.eval_every == 0 or done == steps else {})},
+            sum(len(r.ids) for r in rows),
+        )
         if done % settings.save_every == 0 or done == steps:
             save_checkpoint(folder, done, parameters, optimizer, {"heldout": last})
     return last

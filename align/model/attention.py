@@ -64,7 +64,9 @@ class _RowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]):
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]
+    ):
         heads, length, size = query.shape
         grouped = query.reshape(len(key), heads // len(key), length, size)
         output = torch.empty_like(grouped)

@@ -54,9 +54,7 @@ def hidden_states(trunk: Trunk, row: Row) -> Tensor:
 
 def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
     """The same, one padded sequence a completion: for models whose attention cannot be given segments."""
-    places = [
-        [*range(s.prompt.start, s.prompt.stop), *range(c.start, c.stop)] for s in row.segments for c in s.completions
-    ]
+    places = [[*range(s.prompt.start, s.prompt.stop), *range(c.start, c.stop)] for s in row.segments for c in s.completions]
     width = max(map(len, places))
     ids = torch.zeros(len(places), width, dtype=torch.long, device=row.ids.device)
     mask = torch.zeros_like(ids)

@@ -41,7 +41,9 @@ def open_trunk(base: Base, artifact: Artifact | None, dtype: torch.dtype | None 
     revision = base.revision if location == base.location else None
     trunk = Trunk.load(location, dtype, revision, device)
     if not trunk.packs:
-        say("  note: this model's attention cannot run packed rows exactly, so rows are computed as padded sequences (slower, same results)")
+        say(
+            "  note: this model's attention cannot run packed rows exactly, so rows are computed as padded sequences (slower, same results)"
+        )
     chat = Chat.load(location, revision)
     if artifact is not None:
         _check_template(artifact, chat)
@@ -52,7 +54,9 @@ def _check_template(artifact: Artifact, chat: Chat) -> None:
     for what, found in (("chat template", chat.template_fingerprint), ("tokenizer", chat.tokenizer_fingerprint)):
         wanted = artifact.facts["model"][what.replace(" ", "_")]
         if wanted != found:
-            raise AlignError(f"{artifact.folder}: made with {what} {wanted}, but the base now has {found}. Restore the base it was made on.")
+            raise AlignError(
+                f"{artifact.folder}: made with {what} {wanted}, but the base now has {found}. Restore the base it was made on."
+            )
 
 
 def load_role(trunk: Trunk, artifact: Artifact | None) -> Role:
@@ -118,16 +122,14 @@ def check_probes(trunk: Trunk, role: Role, artifact: Artifact) -> float:
     """Compare a loaded reward model's probe scores with the recorded ones; returns the largest difference.
 
     Raises:
-        AlignError: where they differ by more than rounding: 1e-3 in float32, a tenth of their spread in bfloat16.
+        AlignError: where they differ by more than rounding: 1e-3 in float32, half their spread in bfloat16.
     """
     recorded = json.loads((artifact.folder / PROBES).read_text())
-    examples = [
-        Example(i, tuple(p["prompt"]), tuple(map(tuple, p["completions"]))) for i, p in enumerate(recorded["probes"])
-    ]
+    examples = [Example(i, tuple(p["prompt"]), tuple(map(tuple, p["completions"]))) for i, p in enumerate(recorded["probes"])]
     wanted = torch.tensor(recorded["scores"])
     difference = float((torch.tensor(probe_scores(trunk, role, examples)) - wanted).abs().max())
     exact = trunk.model.dtype == torch.float32 and artifact.facts["model"]["dtype"] == "float32"
-    allowed = 1e-3 if exact else max(0.1 * float(wanted.std(unbiased=False)), 1e-3)
+    allowed = 1e-3 if exact else max(0.5 * float(wanted.std(unbiased=False)), 1e-3)
     if not difference <= allowed:
         raise AlignError(
             f"{artifact.folder}: the reward model scores its recorded probes up to {difference:.3g} off; at most {allowed:.3g} is rounding. "
@@ -192,7 +194,9 @@ def largest_change_at_start(trainee: Trainee, examples: list[Example]) -> float:
         before = forward(trainee.trunk, trainee.before, row).logprobs
     change = float((after - before).abs().max())
     if change != 0:
-        raise AlignError(f"before the first step the trained model differs from its parent by {change:.3g} in a log-probability; expected 0.")
+        raise AlignError(
+            f"before the first step the trained model differs from its parent by {change:.3g} in a log-probability; expected 0."
+        )
     return change
 
 

@@ -82,7 +82,9 @@ class Trunk:
         self.packs = self._packing_is_exact()
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, device: str | torch.device = "cpu") -> Trunk:
+    def load(
+        cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> Trunk:
         """Load a base from a folder or a hub id. Safetensors only, no remote code; bfloat16 where that is native."""
         dtype = dtype or native_dtype(torch.device(device))
         model = AutoModelForCausalLM.from_pretrained(

@@ -124,5 +124,7 @@ def _check_start(objective: DirectPreference, rows: list[Row], settings: DPOSett
     if settings.loss in LOSS_AT_START:
         expected = LOSS_AT_START[settings.loss](settings.beta)
         if not abs(loss - expected) <= 1e-4 * max(1.0, expected):
-            raise AlignError(f"dpo: the loss before the first step is {loss:.6f}; expected {expected:.6f}. The reference is not what training starts from.")
+            raise AlignError(
+                f"dpo: the loss before the first step is {loss:.6f}; expected {expected:.6f}. The reference is not what training starts from."
+            )
     return {"loss_at_start": loss, "margin_at_start": margin}

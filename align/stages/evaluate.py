@@ -68,18 +68,28 @@ def run(job: Job) -> Result:
     table = [compare(answer, answers[0]) for answer in answers]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
     write_jsonl(job.work / "samples.jsonl", sample_rows(rows, answers))
-    return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
+    return Result(
+        "evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}}
+    )
 
 
 def _name(policy: Artifact | None) -> str:
     return policy.name if policy else "base"
 
 
-def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str) -> Answers:
+def _answer(
+    policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str
+) -> Answers:
     role = load_role(trunk, policy)
     prompts = [chat.prompt_ids(row.prompt) for row in rows]
     completions = Sampler(trunk).sample(
-        role, prompts, settings.samples_per_prompt, settings.max_new_tokens, settings.temperature, chat.stop_ids, seed=settings.seed
+        role,
+        prompts,
+        settings.samples_per_prompt,
+        settings.max_new_tokens,
+        settings.temperature,
+        chat.stop_ids,
+        seed=settings.seed,
     )
     examples = [Example(i, p, tuple(c.ids for c in cs)) for i, (p, cs) in enumerate(zip(prompts, completions, strict=True))]
     texts = [[chat.text(c.ids) for c in cs] for cs in completions]
@@ -102,7 +112,8 @@ def _kl(trunk: Trunk, policy: Role, first: Role, examples: list[Example], settin
     found: dict[int, list[float]] = {}
     for row in pack(examples, settings.row_tokens):
         difference = (
-            forward(trunk, policy, row, settings.temperature).logprobs - forward(trunk, first, row, settings.temperature).logprobs
+            forward(trunk, policy, row, settings.temperature).logprobs
+            - forward(trunk, first, row, settings.temperature).logprobs
         )
         found |= _by_example(row, row.sum_per_completion(difference.cpu()))
     return [found[example.index] for example in examples]
@@ -121,7 +132,9 @@ def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: E
     for answer in answers:
         policy = next((p for p in job.parents.values() if p and p.identity == answer.identity), None)
         if policy and policy.facts["model"]["tokenizer"] != chat.tokenizer_fingerprint:
-            raise AlignError(f"{job.name}: policy {answer.name!r} and reward model {reward.name!r} have different tokenizers; expected the same.")
+            raise AlignError(
+                f"{job.name}: policy {answer.name!r} and reward model {reward.name!r} have different tokenizers; expected the same."
+            )
         answer.scores = _scores(trunk, role, answer.examples, settings)
 
 
@@ -159,7 +172,10 @@ def sample_rows(rows: list[Prompt], answers: list[Answers]) -> list[dict[str, An
         {
             "prompt": [message.model_dump() for message in row.prompt],
             "answers": {
-                answer.name: [{"text": t, "score": s, "ended": c.ended} for t, s, c in zip(answer.texts[i], answer.scores[i], answer.completions[i], strict=True)]
+                answer.name: [
+                    {"text": t, "score": s, "ended": c.ended}
+                    for t, s, c in zip(answer.texts[i], answer.scores[i], answer.completions[i], strict=True)
+                ]
                 for answer in answers
             },
         }

@@ -21,7 +21,16 @@ from align.learn.losses import ppo_policy_loss, ppo_value_loss
 from align.learn.optimise import Means, learning_rate, make_optimizer, update
 from align.model.forward import forward
 from align.model.generate import Completion
-from align.model.load import Sampler, Trainee, largest_change_at_start, load_role, open_trainee, own_model, root_identity, save_model
+from align.model.load import (
+    Sampler,
+    Trainee,
+    largest_change_at_start,
+    load_role,
+    open_trainee,
+    own_model,
+    root_identity,
+    save_model,
+)
 from align.model.packing import Example, Row, pack, shuffled_batches
 from align.model.trunk import Head, Role, Trunk
 from align.progress import say
@@ -67,7 +76,9 @@ def run(job: Job) -> Result:
     for parameter in groups[1].values():
         parameter.requires_grad_(True)
     prompts = _prompt_ids(job, trainee)
-    checks: dict[str, float] = {"change_at_start": largest_change_at_start(trainee, [Example(0, prompts[0], (prompts[0][-4:],))])}
+    checks: dict[str, float] = {
+        "change_at_start": largest_change_at_start(trainee, [Example(0, prompts[0], (prompts[0][-4:],))])
+    }
     sampler = Sampler(trunk, settings.merged_sampler)
     metrics = _train(job, trainee, reward, value, groups, prompts, sampler, checks)
     save_model(trunk, trainee.chat, trainee.adapter, job.work)
@@ -102,7 +113,9 @@ def _prompt_ids(job: Job, trainee: Trainee) -> list[tuple[int, ...]]:
     prompts = [trainee.chat.prompt_ids(row.prompt) for row in rows]
     kept = [prompt for prompt in prompts if len(prompt) <= job.settings.max_prompt_tokens]
     if not kept:
-        raise AlignError(f"{job.files['prompts']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens}).")
+        raise AlignError(
+            f"{job.files['prompts']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens})."
+        )
     say(f"  {job.name}: {len(kept)} prompts, {len(prompts) - len(kept)} over max_prompt_tokens and left out")
     return kept
 
@@ -216,7 +229,9 @@ def advantages_of(rollouts: Sequence[Rollout], settings: PPOSettings) -> None:
     """Fill in advantages, whitened over the whole round, and returns."""
 
     def padded(numbers: list[Tensor]) -> Tensor:
-        return pad_sequence([part for n, r in zip(numbers, rollouts, strict=True) for part in n.split(r.lengths)], batch_first=True)
+        return pad_sequence(
+            [part for n, r in zip(numbers, rollouts, strict=True) for part in n.split(r.lengths)], batch_first=True
+        )
 
     logprobs, ref_logprobs = padded([r.old_logprobs for r in rollouts]), padded([r.ref_logprobs for r in rollouts])
     values = padded([r.old_values for r in rollouts])
@@ -263,7 +278,9 @@ def update_step(
         # forward and backward of a role stay together, so that recomputed activations would use the same adapters
         with trunk.switched_to(trainee.role):
             logprobs = forward(trunk, trainee.role, row, settings.temperature).logprobs
-            policy_loss, policy_clipped = ppo_policy_loss(logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range)
+            policy_loss, policy_clipped = ppo_policy_loss(
+                logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range
+            )
             (policy_loss / tokens).backward()
         with trunk.switched_to(value):
             values = forward(trunk, value, row).values
@@ -284,7 +301,9 @@ def update_step(
     rates = [learning_rate(iteration, settings.iterations, peak, settings.warmup, "linear") for peak in peaks]
     norms = update(optimizer, rates, settings.max_grad_norm)
     once = {"policy_grad_norm": norms[0], "value_grad_norm": norms[1], "learning_rate": rates[0], "largest_log_ratio": largest}
-    return {name: (total, count) for name, (total, count) in means.sums.items()} | {name: (number, 1) for name, number in once.items()}
+    return {name: (total, count) for name, (total, count) in means.sums.items()} | {
+        name: (number, 1) for name, number in once.items()
+    }
 
 
 def _stop_if_not_finite(means: Means, iteration: int) -> None:
@@ -323,7 +342,12 @@ def _write_samples(job: Job, trainee: Trainee, rollouts: Sequence[Rollout], iter
     folder.mkdir(exist_ok=True)
     text = trainee.chat.text
     rows = [
-        {"prompt": trainee.chat.tokenizer.decode(r.example.prompt), "completion": text(c.ids), "score": float(score), "ended": c.ended}
+        {
+            "prompt": trainee.chat.tokenizer.decode(r.example.prompt),
+            "completion": text(c.ids),
+            "score": float(score),
+            "ended": c.ended,
+        }
         for r in rollouts
         for c, score in zip(r.completions, r.scores, strict=True)
     ]

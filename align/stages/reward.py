@@ -77,7 +77,13 @@ def run(job: Job) -> Result:
     probes = save_probes(trainee.trunk, trainee.role, (data.heldout or data.training)[:PROBE_PAIRS], job.work)
     metrics = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
-    return Result("reward_model", model, metrics, {**checks, "probe_scores": probes, "centred_on": centred_on}, {"preferences": data.facts})
+    return Result(
+        "reward_model",
+        model,
+        metrics,
+        {**checks, "probe_scores": probes, "centred_on": centred_on},
+        {"preferences": data.facts},
+    )
 
 
 def prepare_preferences(job: Job, trainee: Trainee, path: Path) -> Examples[Preference]:

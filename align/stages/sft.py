@@ -48,7 +48,10 @@ def run(job: Job) -> Result:
         lambda row: first_user_turn(row.messages),
         settings,
     )
-    checks = {"unsupervised_ends": _check_ends(data, trainee), "change_at_start": largest_change_at_start(trainee, data.training[:2])}
+    checks = {
+        "unsupervised_ends": _check_ends(data, trainee),
+        "change_at_start": largest_change_at_start(trainee, data.training[:2]),
+    }
     objective = Likelihood(trainee)
     before = evaluate(objective, data.heldout, settings.row_tokens)
     trainee.trunk.set_dropout(True)
@@ -73,5 +76,7 @@ def _check_ends(data: Examples[Conversation], trainee: Trainee) -> int:
         for at, counts in enumerate(trained):
             last = counts and (at + 1 == len(trained) or not trained[at + 1])
             if last and ids[at] != end:
-                raise AlignError(f"{data.where[example.index]}: a trained turn does not end with the end-of-turn token (id {end}).")
+                raise AlignError(
+                    f"{data.where[example.index]}: a trained turn does not end with the end-of-turn token (id {end})."
+                )
     return 0

@@ -1,0 +1,158 @@
+"""A tiny random model with a tokenizer of its own, built once; and small data files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def make_tokenizer():
+    """A byte-level tokenizer with the control tokens of TEMPLATE; pad and end are different ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": special[2:]})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(kind="llama", seed=0, **changes):
+    """Two random layers, 64 wide, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 261,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.15)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder with the tiny model, as a recipe's base."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trunk():
+    """The tiny model as a trunk of its own, to be changed at will."""
+    from align.model.trunk import Trunk
+
+    return Trunk(make_model())
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_base):
+    """The tiny tokenizer."""
+    from align.chat import Chat
+
+    return Chat.load(tiny_base)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the real model, converted once."""
+    from align.base import find_base, local_model
+
+    return Path(local_model(find_base("embedded")))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not here: {SHARED} is missing")
+    return SHARED / "data"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Small data files: chat.jsonl, preferences.jsonl, prompts.jsonl, heldout.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    colours = ["red", "blue", "green", "grey", "pink", "black", "white", "brown", "gold", "teal", "plum", "lime"]
+    user = [[{"role": "user", "content": f"say {colour}"}] for colour in colours]
+    write_rows(folder / "chat.jsonl", [{"messages": [*u, {"role": "assistant", "content": c}]} for u, c in zip(user, colours, strict=True)])
+    write_rows(
+        folder / "preferences.jsonl",
+        [
+            {
+                "prompt": u,
+                "chosen": [{"role": "assistant", "content": c}],
+                "rejected": [{"role": "assistant", "content": c[::-1] + "?" * (i % 3)}],
+                "chosen_probability": 1.0 if i % 4 else 0.8,
+            }
+            for i, (u, c) in enumerate(zip(user, colours, strict=True))
+        ],
+    )
+    write_rows(folder / "prompts.jsonl", [{"prompt": u} for u in user[:8]])
+    write_rows(folder / "heldout.jsonl", [{"prompt": u} for u in user[8:]])
+    return folder
+
+
+SMALL = {"batch_size": 4, "row_tokens": 64, "save_every": 1, "eval_every": 2, "holdout": 0.2}
+
+
+def small_recipe(base, data, name="small", **recipe_settings):
+    """Every stage on the tiny model: seconds in all."""
+    from align import Lora, Recipe
+
+    recipe = Recipe(name, base=str(base), **recipe_settings)
+    lora = Lora(rank=4)
+    sft = recipe.sft(data=data / "chat.jsonl", lora=lora, **SMALL)
+    reward = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=lora, **SMALL)
+    dpo = recipe.dpo(policy=sft, preferences=data / "preferences.jsonl", lora=lora, **SMALL)
+    ppo = recipe.ppo(
+        policy=sft,
+        reward_model=reward,
+        prompts=data / "prompts.jsonl",
+        lora=lora,
+        iterations=3,
+        prompts_per_iteration=4,
+        max_new_tokens=6,
+        row_tokens=64,
+    )
+    recipe.evaluate(policies=[recipe.base, sft, dpo, ppo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=6)
+    return recipe
