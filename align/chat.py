@@ -90,9 +90,7 @@ class Chat:
             opening = self._render(messages[:turn], opens_reply=True)
             ending = self._render(messages[: turn + 1])
             if not whole.startswith(opening) or not whole.startswith(ending):
-                raise UnfitMessages(
-                    "the chat template renders earlier turns differently once later ones follow; set train_on='last'"
-                )
+                raise UnfitMessages("the chat template renders earlier turns differently once later ones follow; set train_on='last'")
             before, reply = self._ids(opening[at:]), self._reply_ids(ending[len(opening) :])
             prompt, completion = (before, completion) if turn == turns[0] else (prompt, completion + list(before))
             trained += [False] * (len(completion) - len(trained)) + [True] * len(reply)

@@ -45,13 +45,9 @@ def guarded(command, *arguments) -> int:
 def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         return _run_script(Path(arguments[1]), arguments[2:])
-    parser = argparse.ArgumentParser(
-        prog="align", description="From a pretrained language model to an aligned one, in one recipe."
-    )
+    parser = argparse.ArgumentParser(prog="align", description="From a pretrained language model to an aligned one, in one recipe.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run", help="run a recipe script: align run recipes/quickstart.py [--plan] [--set stage.setting=value] ..."
-    )
+    run = commands.add_parser("run", help="run a recipe script: align run recipes/quickstart.py [--plan] [--set stage.setting=value] ...")
     run.add_argument("script", type=Path, help="the recipe; `align run SCRIPT --help` lists its stages' settings")
     show = commands.add_parser("show", help="what a run has made: stages, state, key metrics, parents")
     show.add_argument("run", type=Path, help="a run's folder, such as runs/quickstart, or one stage in it")
@@ -100,10 +96,9 @@ def recipe_main(recipe: Recipe, arguments: Sequence[str] | None) -> int:
 def _recipe(recipe: Recipe, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog=f"python {Path(sys.argv[0]).name}" if sys.argv[0] else "recipe",
-        description=f"Run the recipe {recipe.name!r}: {' -> '.join(recipe.stages)}. Run it again and only what changed, or was not finished, runs.",
-        epilog="STAGES and their settings, for --set:\n" + _settings_help(recipe)
-        if {"-h", "--help"} & set(arguments)
-        else None,
+        description=f"Run the recipe {recipe.name!r}: {' -> '.join(recipe.stages)}. "
+        "Run it again and only what changed, or was not finished, runs.",
+        epilog="STAGES and their settings, for --set:\n" + _settings_help(recipe) if {"-h", "--help"} & set(arguments) else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--plan", action="store_true", help="show what would run and what is done; loads no weights")
@@ -112,9 +107,7 @@ def _recipe(recipe: Recipe, arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=recipe.default_folder, help="the run's folder (default: %(default)s)")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="run only this stage; repeatable")
-    parser.add_argument(
-        "--from", dest="start", metavar="STAGE", help="run this stage and all after it again, even where they are done"
-    )
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all after it again, even where they are done")
     options = parser.parse_args(arguments)
     for text in options.set:
         recipe.override(text)

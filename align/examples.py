@@ -56,28 +56,22 @@ def prepare(
     training = [e for row, e in kept if not is_heldout(split_key(row), settings.holdout, settings.seed)]
     heldout = [e for row, e in kept if is_heldout(split_key(row), settings.holdout, settings.seed)]
     if not training:
-        raise AlignError(
-            f"{path}: no row is left to train on ({len(overlong)} over {name}.max_length, {len(heldout)} held out)."
-        )
+        raise AlignError(f"{path}: no row is left to train on ({len(overlong)} over {name}.max_length, {len(heldout)} held out).")
     facts = {"training": len(training), "heldout": len(heldout), "overlong": len(overlong)}
     tokens = sum(example.tokens for example in training)
-    say(
-        f"  {name}: {len(training)} rows to train on ({tokens:,} tokens), {len(heldout)} held out, {len(overlong)} over max_length"
-    )
+    say(f"  {name}: {len(training)} rows to train on ({tokens:,} tokens), {len(heldout)} held out, {len(overlong)} over max_length")
     return Examples(rows, where, training, heldout, {**facts, "tokens": tokens})
 
 
 def _report_overlong(name: str, overlong: Sequence[int], where: Sequence[str], rows: int, settings: Training) -> None:
     if overlong and settings.on_overlong == "error":
         raise AlignError(
-            f"{where[overlong[0]]}: over {name}.max_length of {settings.max_length} tokens, as are {len(overlong) - 1} more of {rows} rows. "
+            f"{where[overlong[0]]}: over {name}.max_length of {settings.max_length} tokens, with {len(overlong) - 1} more of {rows} rows. "
             f"Raise it (--set {name}.max_length=...), or leave such rows out: --set {name}.on_overlong=drop"
         )
     if overlong:
         first = ", ".join(where[i] for i in overlong[:3])
-        say(
-            f"  [yellow]{name}: {len(overlong)} of {rows} rows are over {settings.max_length} tokens and left out[/] (first: {first})"
-        )
+        say(f"  [yellow]{name}: {len(overlong)} of {rows} rows are over {settings.max_length} tokens and left out[/] (first: {first})")
 
 
 def is_heldout(key: str, share: float, seed: int) -> bool:

@@ -86,8 +86,8 @@ def nested_settings(field: FieldInfo) -> type[Settings] | None:
 
 def describe_type(field: FieldInfo) -> str:
     """A field's type and bounds in words: 'a whole number of at least 1', 'one of linear, cosine'."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
-    options = (field.annotation,)
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
+    options: tuple[Any, ...] = (field.annotation,)
     if typing.get_origin(field.annotation) in (types.UnionType, typing.Union):
         options = typing.get_args(field.annotation)
     words = []
@@ -99,7 +99,7 @@ def describe_type(field: FieldInfo) -> str:
         elif isinstance(option, type) and issubclass(option, Settings):
             words.append(f"settings ({', '.join(option.model_fields)})")
         else:
-            words.append(names.get(option, str(option)))
+            words.append(names[option] if option in names else str(option))
     bounds = []
     for rule in field.metadata:
         for sign, text in (("ge", "at least"), ("gt", "over"), ("le", "at most"), ("lt", "under")):
@@ -149,7 +149,7 @@ def help_lines(kind: type[Settings], prefix: str) -> list[tuple[str, str, str, s
     lines = []
     for name, field in kind.model_fields.items():
         nested = nested_settings(field)
-        default = "on" if nested and field.default is not None else str(field.default).lower()
+        default = "on" if nested else str(field.default).lower()
         lines.append((f"{prefix}.{name}", default, describe_type(field), field.description or ""))
         if nested:
             lines += help_lines(nested, f"{prefix}.{name}")

@@ -77,9 +77,7 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
         needed = [h.name for h in recipe.stages[name].inputs.values() if h.name in plans and h.name not in only]
         missing = [n for n in needed if plans[n].state != "done"]
         if missing:
-            raise AlignError(
-                f"--only {name}: needs {', '.join(missing)}, which is not done in {run}. Run without --only first, or add it."
-            )
+            raise AlignError(f"--only {name}: needs {', '.join(missing)}, which is not done in {run}. Run without --only first, or add it.")
     return list(plans.values())
 
 
@@ -145,9 +143,7 @@ def _difference(planned: Planned, plans: dict[str, Planned]) -> str:
     assert planned.former is not None
     facts, now = planned.former.facts, planned.stage.settings.model_dump(mode="json")
     changes = [f"{key} {facts['settings'].get(key)} -> {now[key]}" for key in now if facts["settings"].get(key) != now[key]]
-    changes += [
-        f"data {role}" for role, look in planned.data.items() if facts["data"].get(role, {}).get("sha256") != look["sha256"]
-    ]
+    changes += [f"data {role}" for role, look in planned.data.items() if facts["data"].get(role, {}).get("sha256") != look["sha256"]]
     for role, parent in planned.parents.items():
         before = facts["parents"].get(role)
         if (before and before["identity"]) != (parent and parent["identity"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,8 @@ class Recipe:
         kind: str,
         makes: type[Handle],
         settings_kind: type[Settings],
-        inputs: dict[str, tuple[Any, type[Handle]]],
-        files: dict[str, tuple[Any, type[Row]]],
+        inputs: Mapping[str, tuple[Any, type[Handle]]],
+        files: Mapping[str, tuple[Any, type[Row]]],
         settings: dict[str, Any],
     ) -> Any:
         if name in self.stages or name == "base" or not name.replace("_", "").replace("-", "").isalnum():
@@ -164,9 +164,7 @@ class Recipe:
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
                 raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
             if handle.artifact is None and handle is not BASE and handle.name not in self.stages:
-                raise AlignError(
-                    f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder)."
-                )
+                raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
         checked = build(settings_kind, {"seed": self.seed, **settings}, name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
         paths = {role: (os.fspath(path), row) for role, (path, row) in files.items()}

@@ -40,9 +40,7 @@ def _check_order(messages: list[Message], last: str) -> None:
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or not turns:
-        raise ValueError(
-            f"roles are {', '.join(roles)}; expected user, assistant, user, ... (after at most one system message)"
-        )
+        raise ValueError(f"roles are {', '.join(roles)}; expected user, assistant, user, ... (after at most one system message)")
     if turns[-1] != last:
         raise ValueError(f"the last turn is the {turns[-1]}'s; expected the {last}'s")
 
@@ -135,18 +133,14 @@ def _parse(line: str, kind: type[R], where: str) -> R:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise AlignError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line with {columns}."
-        ) from None
+        raise AlignError(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line with {columns}.") from None
     try:
         return kind.model_validate(row | {"source_line": int(where.rpartition(":")[2])} if isinstance(row, dict) else row)
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
-        found = (
-            f" Found the columns {', '.join(map(repr, row))}." if problem["type"] == "missing" and isinstance(row, dict) else ""
-        )
+        found = f" Found the columns {', '.join(map(repr, row))}." if problem["type"] == "missing" and isinstance(row, dict) else ""
         raise AlignError(
             f"{where}: {f'{name!r}: ' if name else ''}{message}.{found}\n  Expected one object a line with {columns}."
         ) from None

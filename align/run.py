@@ -65,9 +65,7 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     make_plan(recipe, run, only, start)  # every mistake that can be seen beforehand is told before the folder is made
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)
-        (run / "run.json").write_text(
-            json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n"
-        )
+        (run / "run.json").write_text(json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n")
         for number, planned in enumerate(plans, 1):
             label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"
             if planned.state == "done":
@@ -88,7 +86,7 @@ def _ago(planned: Planned) -> str:
 def _run_stage(recipe: Recipe, planned: Planned) -> None:
     stage = planned.stage
     planned.work.mkdir(parents=True, exist_ok=True)
-    parents = {role: parent and _open_parent(planned, parent) for role, parent in planned.parents.items()}
+    parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     begun = time.monotonic()
     _reset_peak_memory()
     with _tracker(recipe, planned) as tracker:
@@ -134,8 +132,7 @@ def describe(planned: Planned, result: Result, seconds: float) -> dict[str, Any]
         "seconds": round(seconds, 2),
         "peak_memory_gb": round(peak_memory_gb(), 3),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {name: importlib.metadata.version(name) for name in ("align", *LIBRARIES)}
-        | {"python": sys.version.split()[0]},
+        "versions": {name: importlib.metadata.version(name) for name in ("align", *LIBRARIES)} | {"python": sys.version.split()[0]},
     }
 
 
@@ -146,9 +143,7 @@ def _tracker(recipe: Recipe, planned: Planned) -> Iterator[Any]:
         yield None
         return
     if importlib.util.find_spec(recipe.tracker) is None:
-        raise AlignError(
-            f"recipe.tracker: the package {recipe.tracker!r} is not installed. Install it: pip install {recipe.tracker}"
-        )
+        raise AlignError(f"recipe.tracker: the package {recipe.tracker!r} is not installed. Install it: pip install {recipe.tracker}")
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=recipe.tracker, project_dir=planned.final.parent / "tracker")
@@ -178,9 +173,7 @@ def locked(run: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise AlignError(
-                f"{run}: {who} is running here. Wait for it, or give this run a folder of its own: --out runs/other"
-            ) from None
+            raise AlignError(f"{run}: {who} is running here. Wait for it, or give this run a folder of its own: --out runs/other") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')},")
         file.flush()

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
-KEEP_OUT_OF_IDENTITY = {"outcome": False}  # marks a setting that changes how a stage runs, not what comes out
+KEEP_OUT_OF_IDENTITY: JsonDict = {"outcome": False}  # marks a setting that changes how a stage runs, not what comes out
 
 
 class Settings(BaseModel):
@@ -64,13 +65,9 @@ class Training(Optimiser):
     batch_size: int = Field(16, ge=1, description="Examples in one optimizer step.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the learning rate rises from 0.")
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="How the learning rate falls to 0.")
-    holdout: float = Field(
-        0.1, ge=0, lt=1, description="Share of the prompts held out for evaluation, chosen by a hash of the prompt."
-    )
+    holdout: float = Field(0.1, ge=0, lt=1, description="Share of the prompts held out for evaluation, chosen by a hash of the prompt.")
     eval_every: int = Field(25, ge=1, description="Optimizer steps between evaluations on the held-out examples.")
-    save_every: int = Field(
-        20, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY
-    )
+    save_every: int = Field(20, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     max_length: int = Field(1024, ge=8, description="Longest example in tokens: the prompt and its longest completion.")
     on_overlong: Literal["error", "drop"] = Field(
         "drop", description="What becomes of examples over max_length. Their count is always shown."
@@ -88,12 +85,8 @@ class SFTSettings(Training):
 class RewardSettings(Training):
     """Reward model: Bradley-Terry on preferences (Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."""
 
-    margins: bool = Field(
-        False, description="Subtract a row's `margin` from the score difference (Llama 2, arXiv 2307.09288, eq. 2)."
-    )
-    centering: float = Field(
-        0.01, ge=0, description="Weight of (chosen + rejected)^2 in the loss, which keeps scores near 0 (2312.09244)."
-    )
+    margins: bool = Field(False, description="Subtract a row's `margin` from the score difference (Llama 2, arXiv 2307.09288, eq. 2).")
+    centering: float = Field(0.01, ge=0, description="Weight of (chosen + rejected)^2 in the loss, which keeps scores near 0 (2312.09244).")
     value_scale: float = Field(1.0, gt=0, description="Standard deviation of the head at start, times 1/sqrt(hidden+1).")
 
 

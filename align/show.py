@@ -84,18 +84,12 @@ def show_run(folder: Path) -> None:
         return
     artifacts = open_run(folder)
     made = {artifact.name: artifact for artifact in artifacts}
-    table = Table(
-        "stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left"
-    )
+    table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left")
     for name in json.loads((folder / "run.json").read_text())["stages"]:
         if name in made:
             facts = made[name].facts
             parents = ", ".join(dict.fromkeys(p["name"] if p else "base" for p in facts["parents"].values()))
-            stale = [
-                p["name"]
-                for p in facts["parents"].values()
-                if p and p["name"] in made and made[p["name"]].identity != p["identity"]
-            ]
+            stale = [p["name"] for p in facts["parents"].values() if p and p["name"] in made and made[p["name"]].identity != p["identity"]]
             state = f"[yellow]outdated ({', '.join(stale)} changed)[/]" if stale else "[green]done[/]"
             table.add_row(
                 name,

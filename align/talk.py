@@ -67,9 +67,7 @@ def find_policy(folder: Path) -> Artifact:
     if (folder / FACTS).is_file():
         artifact = Artifact.open(folder, verify=True)
         if artifact.kind != "policy":
-            raise AlignError(
-                f"{folder}: is a {artifact.kind.replace('_', ' ')}; expected a policy, such as {folder.parent / 'sft'}."
-            )
+            raise AlignError(f"{folder}: is a {artifact.kind.replace('_', ' ')}; expected a policy, such as {folder.parent / 'sft'}.")
         return artifact
     policies = [artifact for artifact in open_run(folder) if artifact.kind == "policy"]
     if not policies:

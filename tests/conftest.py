@@ -12,8 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
 
@@ -114,7 +113,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     colours = ["red", "blue", "green", "grey", "pink", "black", "white", "brown", "gold", "teal", "plum", "lime"]
     user = [[{"role": "user", "content": f"say {colour}"}] for colour in colours]
-    write_rows(folder / "chat.jsonl", [{"messages": [*u, {"role": "assistant", "content": c}]} for u, c in zip(user, colours, strict=True)])
+    write_rows(
+        folder / "chat.jsonl",
+        [{"messages": [*u, {"role": "assistant", "content": c}]} for u, c in zip(user, colours, strict=True)],
+    )
     write_rows(
         folder / "preferences.jsonl",
         [

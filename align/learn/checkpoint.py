@@ -31,9 +31,7 @@ def save_checkpoint(
     os.replace(temporary, folder / FILE)
 
 
-def load_checkpoint(
-    folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
     """Restore what `save_checkpoint` wrote, in place.
 
     Returns:

@@ -54,9 +54,7 @@ def dpo_loss(kind: str, logps: PairLogps, probability: Tensor, beta: float, simp
     Returns:
         Shape (pairs,).
     """
-    swapped = PairLogps(
-        logps.rejected, logps.chosen, logps.ref_rejected, logps.ref_chosen, logps.rejected_tokens, logps.chosen_tokens
-    )
+    swapped = PairLogps(logps.rejected, logps.chosen, logps.ref_rejected, logps.ref_chosen, logps.rejected_tokens, logps.chosen_tokens)
     one_way = _one_way(kind, logps, beta, simpo_gamma)
     other_way = _one_way(kind, swapped, beta, simpo_gamma)
     return probability * one_way + (1 - probability) * other_way
@@ -83,13 +81,11 @@ def _one_way(kind: str, logps: PairLogps, beta: float, simpo_gamma: float) -> Te
 
 
 def implicit_rewards(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """log pi / pi_ref of chosen and rejected: DPO's rewards without beta (2305.18290, eq. 5). Both (pairs,)."""
+    """Log pi / pi_ref of chosen and rejected: DPO's rewards without beta (2305.18290, eq. 5). Both (pairs,)."""
     return logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected
 
 
-def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> tuple[Tensor, Tensor]:
+def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
     """Clipped surrogate loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7), summed over the tokens that count.
 
     Args:

@@ -65,9 +65,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: str)
 
 def make_optimizer(groups: Sequence[Sequence[Parameter]], weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW with one group per list of parameters; their learning rates are set at every step."""
-    return torch.optim.AdamW(
-        [{"params": list(group)} for group in groups], lr=0.0, weight_decay=weight_decay, eps=eps, fused=True
-    )
+    return torch.optim.AdamW([{"params": list(group)} for group in groups], lr=0.0, weight_decay=weight_decay, eps=eps, fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_norm: float) -> list[float]:
@@ -146,7 +144,7 @@ def train(
     start, extra = load_checkpoint(folder, parameters, optimizer)
     last: dict[str, float] = extra.get("heldout", {})
     meter.begin(steps, start)
-    epoch, batches = -1, [[]]
+    epoch, batches = -1, list[list[Row]]()
     for step in range(start, steps):
         per_epoch = math.ceil(len(examples) / settings.batch_size)
         if step // per_epoch != epoch:

@@ -45,6 +45,7 @@ def packed_attention(
         dropout: of the attention weights. Zero here: the base stays in eval mode.
         sliding_window: tokens a query sees back, itself included; None sees all.
         row_segments: where the row's examples lie.
+        **kwargs: what transformers passes along.
 
     Returns:
         Shape (1, length, heads, size), and None for the weights.
@@ -64,9 +65,7 @@ class _RowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]
-    ):
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]):
         heads, length, size = query.shape
         grouped = query.reshape(len(key), heads // len(key), length, size)
         output = torch.empty_like(grouped)

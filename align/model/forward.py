@@ -16,26 +16,35 @@ if TYPE_CHECKING:
 CHUNK = 128  # predicted tokens whose logits are in memory at one time
 
 
-class Outputs(NamedTuple):
-    """What a role says about a row. `logprobs` without a head, `values` and `scores` with one."""
+class PolicyOutputs(NamedTuple):
+    """What a role without a head says of each completion token, at the given temperature."""
 
-    logprobs: Tensor | None  # (predicted,) float32, at the given temperature
-    entropy: Tensor | None  # (predicted,) float32; unknown (nan) where gradients are wanted
-    values: Tensor | None  # (predicted,) float32: the head before each completion token
-    scores: Tensor | None  # (completion,) float32: the head at the last token of each completion
+    logprobs: Tensor  # (predicted,) float32
+    entropy: Tensor  # (predicted,) float32; unknown (nan) where gradients are wanted
 
 
-def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Outputs:
-    """Run a row through the base with the role's adapters, and through its head if it has one."""
+class HeadOutputs(NamedTuple):
+    """What a role with a head says: before each completion token, and at the last token of each completion."""
+
+    values: Tensor  # (predicted,) float32
+    scores: Tensor  # (completion,) float32
+
+
+def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> PolicyOutputs:
+    """Log-probabilities of the row's completion tokens, with the role's adapters on the base."""
     row = row.to(trunk.device)
-    mixed = torch.autocast(trunk.device.type, torch.bfloat16, enabled=trunk.autocast)
-    with trunk.switched_to(role), mixed:
-        hidden = hidden_states(trunk, row)
-        if role.head is not None:
-            head = trunk.heads[role.head]
-            return Outputs(None, None, head(hidden[row.predicted_at]), head(hidden[row.last]))
-        logprobs, entropy = target_logprobs(trunk, hidden[row.predicted_at], row.targets, temperature)
-        return Outputs(logprobs, entropy, None, None)
+    with trunk.computing(role):
+        hidden = hidden_states(trunk, row)[row.predicted_at]
+        return PolicyOutputs(*target_logprobs(trunk, hidden, row.targets, temperature))
+
+
+def forward_head(trunk: Trunk, role: Role, row: Row) -> HeadOutputs:
+    """Values and scores of a row: the role's head on what the base with the role's adapters makes of it."""
+    assert role.head is not None
+    row = row.to(trunk.device)
+    with trunk.computing(role):
+        hidden, head = hidden_states(trunk, row), trunk.heads[role.head]
+        return HeadOutputs(head(hidden[row.predicted_at]), head(hidden[row.last]))
 
 
 def hidden_states(trunk: Trunk, row: Row) -> Tensor:
@@ -62,7 +71,7 @@ def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
         ids[number, : len(at)] = row.ids[at]
         mask[number, : len(at)] = 1
     hidden = trunk.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    sequence = {}  # place in the row -> (sequence, column); a shared prompt is read from its first sequence
+    sequence: dict[int, tuple[int, int]] = {}  # place in the row -> (sequence, column); a shared prompt is read from its first sequence
     for number, at in enumerate(places):
         for column, place in enumerate(at):
             sequence.setdefault(place, (number, column))
@@ -71,7 +80,7 @@ def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
 
 
 def target_logprobs(trunk: Trunk, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at the targets, and the entropy, a chunk of tokens at a time.
+    """Log softmax(logits / temperature) at the targets, and the entropy, a chunk of tokens at a time.
 
     Args:
         trunk: gives the output layer.

@@ -66,9 +66,7 @@ def sample(
                 sequences[sequence][0].append(token)
                 sequences[sequence][1].append(logprob)
         for number, (ids, logprobs) in enumerate(sequences):
-            results[members[number // completions_per_prompt]].append(
-                Completion(tuple(ids), tuple(logprobs), ids[-1] in stop_ids)
-            )
+            results[members[number // completions_per_prompt]].append(Completion(tuple(ids), tuple(logprobs), ids[-1] in stop_ids))
         on_progress(start + len(members))
     return results
 
@@ -108,9 +106,7 @@ def decode(
             going, mask, position, tokens = going[keep], mask[keep], position[keep], tokens[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
-        output = model(
-            tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
-        )
+        output = model(tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
 
 

@@ -15,7 +15,7 @@ from align.artifact import Artifact
 from align.base import Base, local_model
 from align.chat import Chat
 from align.errors import AlignError
-from align.model.forward import forward
+from align.model.forward import forward, forward_head
 from align.model.generate import Completion, sample
 from align.model.packing import Example, make_row
 from align.model.trunk import Head, Role, Trunk, native_dtype
@@ -114,7 +114,7 @@ def save_probes(trunk: Trunk, role: Role, examples: list[Example], folder: Path)
 def probe_scores(trunk: Trunk, role: Role, examples: list[Example]) -> list[float]:
     """Scores of the examples' completions, one example a row so that no packing can move them."""
     with torch.no_grad():
-        outputs = [forward(trunk, role, make_row([example])) for example in examples]
+        outputs = [forward_head(trunk, role, make_row([example])) for example in examples]
     return [score for output in outputs for score in output.scores.tolist()]
 
 
@@ -132,7 +132,7 @@ def check_probes(trunk: Trunk, role: Role, artifact: Artifact) -> float:
     allowed = 1e-3 if exact else max(0.5 * float(wanted.std(unbiased=False)), 1e-3)
     if not difference <= allowed:
         raise AlignError(
-            f"{artifact.folder}: the reward model scores its recorded probes up to {difference:.3g} off; at most {allowed:.3g} is rounding. "
+            f"{artifact.folder}: the reward model scores its recorded probes up to {difference:.3g} off; {allowed:.3g} could be rounding. "
             "Its files, its parent or the libraries have changed; make it again: --from " + artifact.name
         )
     return difference

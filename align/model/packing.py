@@ -163,9 +163,7 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
     return [order[start : start + batch_size] for start in starts] if count else []
 
 
-def by_example(
-    row: Row, per_completion: Tensor, read: Callable[[Tensor], float | list[float]]
-) -> dict[int, float | list[float]]:
+def by_example(row: Row, per_completion: Tensor, read: Callable[[Tensor], float | list[float]]) -> dict[int, float | list[float]]:
     """Per-completion numbers of a row, keyed by the example's index and read out with `read`."""
     sizes = [len(example.completions) for example in row.examples]
     return {example.index: read(part) for example, part in zip(row.examples, per_completion.split(sizes), strict=True)}

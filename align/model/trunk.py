@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from align.errors import AlignError
 from align.model import attention
-from align.model.forward import forward, hidden_states
+from align.model.forward import hidden_states
 from align.model.lora import run_in_base_precision, runs_plainly
 from align.model.packing import Example, make_row
 from align.settings import Lora
@@ -189,7 +189,7 @@ class Trunk:
 
     @contextmanager
     def _adding_adapter(self) -> Iterator[None]:
-        """peft turns gradients on and off for whole adapters when one is added; here nothing but the new one may change."""
+        """Peft turns gradients on and off for whole adapters when one is added; here nothing but the new one may change."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         yield
         self.model.eval().requires_grad_(False)
@@ -218,6 +218,12 @@ class Trunk:
         finally:
             for layer, (active, disabled) in zip(self._layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    @contextmanager
+    def computing(self, role: Role) -> Iterator[None]:
+        """Switched to the role, in mixed precision where all weights are trained."""
+        with self.switched_to(role), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            yield
 
     def parameters_of(self, adapter: str | None = None, head: str | None = None) -> dict[str, nn.Parameter]:
         """The trainable parameters of an adapter and a head, by name; the whole model where adapter is None and head too."""
@@ -283,11 +289,3 @@ class Trunk:
 def _plain_name(name: str) -> str:
     """A parameter's or module's name as it was before peft wrapped its layer."""
     return name.replace(".base_layer", "")
-
-
-def base_config(path: str | Path, revision: str | None = None) -> AutoConfig:
-    """The configuration of a base, without its weights."""
-    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-
-
-__all__ = ["Head", "Role", "Trunk", "base_config", "forward", "native_dtype"]

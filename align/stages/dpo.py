@@ -64,7 +64,6 @@ def pair_logps(trainee: Trainee, role: Role, row: Row, reference: Tensor) -> Pai
     """Summed log-probabilities of both completions of each example in the row, beside the reference's."""
     row = row.to(trainee.trunk.device)
     logprobs = forward(trainee.trunk, role, row).logprobs
-    assert logprobs is not None
     chosen, rejected = row.sum_per_completion(logprobs).view(-1, 2).unbind(1)
     chosen_tokens, rejected_tokens = row.tokens_per_completion().view(-1, 2).unbind(1)
     ref_chosen, ref_rejected = reference[row.indices].to(chosen.device).unbind(1)
@@ -125,6 +124,7 @@ def _check_start(objective: DirectPreference, rows: list[Row], settings: DPOSett
         expected = LOSS_AT_START[settings.loss](settings.beta)
         if not abs(loss - expected) <= 1e-4 * max(1.0, expected):
             raise AlignError(
-                f"dpo: the loss before the first step is {loss:.6f}; expected {expected:.6f}. The reference is not what training starts from."
+                f"dpo: the loss before the first step is {loss:.6f}; expected {expected:.6f}. "
+                "The reference is not what training starts from."
             )
     return {"loss_at_start": loss, "margin_at_start": margin}

@@ -12,7 +12,7 @@ import torch
 
 from align.artifact import Artifact
 from align.errors import AlignError
-from align.model.forward import forward
+from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import Sampler, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
@@ -68,18 +68,14 @@ def run(job: Job) -> Result:
     table = [compare(answer, answers[0]) for answer in answers]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
     write_jsonl(job.work / "samples.jsonl", sample_rows(rows, answers))
-    return Result(
-        "evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}}
-    )
+    return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
 
 
 def _name(policy: Artifact | None) -> str:
     return policy.name if policy else "base"
 
 
-def _answer(
-    policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str
-) -> Answers:
+def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str) -> Answers:
     role = load_role(trunk, policy)
     prompts = [chat.prompt_ids(row.prompt) for row in rows]
     completions = Sampler(trunk).sample(
@@ -101,20 +97,17 @@ def _scores(trunk: Trunk, reward: Role, examples: list[Example], settings: Evalu
     """The reward model's score of each completion."""
     found: dict[int, list[float]] = {}
     for row in pack(examples, settings.row_tokens):
-        scores = forward(trunk, reward, row).scores
+        scores = forward_head(trunk, reward, row).scores
         found |= _by_example(row, scores)
     return [found[example.index] for example in examples]
 
 
 @torch.no_grad()
 def _kl(trunk: Trunk, policy: Role, first: Role, examples: list[Example], settings: EvaluateSettings) -> list[list[float]]:
-    """log pi - log pi_first of each sampled completion at the sampling temperature: its mean estimates KL(pi, pi_first) in nats."""
+    """Log pi - log pi_first of each sampled completion at the sampling temperature: its mean estimates KL(pi, pi_first) in nats."""
     found: dict[int, list[float]] = {}
     for row in pack(examples, settings.row_tokens):
-        difference = (
-            forward(trunk, policy, row, settings.temperature).logprobs
-            - forward(trunk, first, row, settings.temperature).logprobs
-        )
+        difference = forward(trunk, policy, row, settings.temperature).logprobs - forward(trunk, first, row, settings.temperature).logprobs
         found |= _by_example(row, row.sum_per_completion(difference.cpu()))
     return [found[example.index] for example in examples]
 

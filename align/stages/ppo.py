@@ -19,7 +19,7 @@ from align.learn.advantages import generalised_advantages, k3, token_rewards, wh
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
 from align.learn.losses import ppo_policy_loss, ppo_value_loss
 from align.learn.optimise import Means, learning_rate, make_optimizer, update
-from align.model.forward import forward
+from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import (
     Sampler,
@@ -53,7 +53,7 @@ class Rollout:
     old_values: Tensor
     entropy: Tensor
     scores: Tensor  # (completion,) as the reward model gave them
-    advantages: Tensor
+    advantages: Tensor  # these two are filled in by `advantages_of`
     returns: Tensor
 
     @property
@@ -76,9 +76,7 @@ def run(job: Job) -> Result:
     for parameter in groups[1].values():
         parameter.requires_grad_(True)
     prompts = _prompt_ids(job, trainee)
-    checks: dict[str, float] = {
-        "change_at_start": largest_change_at_start(trainee, [Example(0, prompts[0], (prompts[0][-4:],))])
-    }
+    checks: dict[str, float] = {"change_at_start": largest_change_at_start(trainee, [Example(0, prompts[0], (prompts[0][-4:],))])}
     sampler = Sampler(trunk, settings.merged_sampler)
     metrics = _train(job, trainee, reward, value, groups, prompts, sampler, checks)
     save_model(trunk, trainee.chat, trainee.adapter, job.work)
@@ -91,7 +89,8 @@ def _check_same_trunk(job: Job, reward_artifact: Artifact) -> None:
     policy_root, reward_root = (root_identity(job.base, artifact) for artifact in (job.parents["policy"], reward_artifact))
     if policy_root != reward_root:
         raise AlignError(
-            f"{job.name}: the reward model {reward_artifact.name!r} stands on other weights ({reward_root[:20]}) than the policy ({policy_root[:20]}); "
+            f"{job.name}: the reward model {reward_artifact.name!r} stands on other weights ({reward_root[:20]}) "
+            f"than the policy ({policy_root[:20]}); "
             "expected one base for both. Train the reward model with an adapter on the same policy: recipe.reward(policy=..., lora=Lora())."
         )
 
@@ -113,9 +112,7 @@ def _prompt_ids(job: Job, trainee: Trainee) -> list[tuple[int, ...]]:
     prompts = [trainee.chat.prompt_ids(row.prompt) for row in rows]
     kept = [prompt for prompt in prompts if len(prompt) <= job.settings.max_prompt_tokens]
     if not kept:
-        raise AlignError(
-            f"{job.files['prompts']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens})."
-        )
+        raise AlignError(f"{job.files['prompts']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens}).")
     say(f"  {job.name}: {len(kept)} prompts, {len(prompts) - len(kept)} over max_prompt_tokens and left out")
     return kept
 
@@ -210,18 +207,20 @@ def score_rollouts(
     settings: PPOSettings,
 ) -> list[Rollout]:
     """Four passes over each row: policy, reference, value, reward. In the order of `sampled`."""
-    trunk, found = trainee.trunk, {}
+    trunk = trainee.trunk
+    found: dict[int, Rollout] = {}
     for row in rows:
         policy = forward(trunk, trainee.role, row, settings.temperature)
         reference = forward(trunk, trainee.before, row, settings.temperature)
-        values = forward(trunk, value, row).values
-        scores = forward(trunk, reward, row).scores
+        values = forward_head(trunk, value, row).values
+        scores = forward_head(trunk, reward, row).scores
         per_token = [policy.logprobs, reference.logprobs, values, policy.entropy]
         sizes = [example.tokens - len(example.prompt) for example in row.examples]
-        parts = zip(*(tensor.cpu().split(sizes) for tensor in per_token), strict=True)
+        parts: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = zip(*(tensor.cpu().split(sizes) for tensor in per_token), strict=True)
         counts = [len(example.completions) for example in row.examples]
         for example, tensors, score in zip(row.examples, parts, scores.cpu().split(counts), strict=True):
-            found[example.index] = Rollout(example, sampled[example.index][1], *tensors, score, *[torch.empty(0)] * 2)
+            completions = sampled[example.index][1]
+            found[example.index] = Rollout(example, completions, *tensors, score, score, score)
     return [found[index] for index in range(len(sampled))]
 
 
@@ -229,9 +228,7 @@ def advantages_of(rollouts: Sequence[Rollout], settings: PPOSettings) -> None:
     """Fill in advantages, whitened over the whole round, and returns."""
 
     def padded(numbers: list[Tensor]) -> Tensor:
-        return pad_sequence(
-            [part for n, r in zip(numbers, rollouts, strict=True) for part in n.split(r.lengths)], batch_first=True
-        )
+        return pad_sequence([part for n, r in zip(numbers, rollouts, strict=True) for part in n.split(r.lengths)], batch_first=True)
 
     logprobs, ref_logprobs = padded([r.old_logprobs for r in rollouts]), padded([r.ref_logprobs for r in rollouts])
     values = padded([r.old_values for r in rollouts])
@@ -278,12 +275,10 @@ def update_step(
         # forward and backward of a role stay together, so that recomputed activations would use the same adapters
         with trunk.switched_to(trainee.role):
             logprobs = forward(trunk, trainee.role, row, settings.temperature).logprobs
-            policy_loss, policy_clipped = ppo_policy_loss(
-                logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range
-            )
+            policy_loss, policy_clipped = ppo_policy_loss(logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range)
             (policy_loss / tokens).backward()
         with trunk.switched_to(value):
-            values = forward(trunk, value, row).values
+            values = forward_head(trunk, value, row).values
             value_loss, value_clipped = ppo_value_loss(values, old_values, returns, row.trained_mask, settings.value_clip)
             (settings.value_coef * value_loss / tokens).backward()
         log_ratio = (logprobs - old_logprobs).detach()
@@ -301,9 +296,7 @@ def update_step(
     rates = [learning_rate(iteration, settings.iterations, peak, settings.warmup, "linear") for peak in peaks]
     norms = update(optimizer, rates, settings.max_grad_norm)
     once = {"policy_grad_norm": norms[0], "value_grad_norm": norms[1], "learning_rate": rates[0], "largest_log_ratio": largest}
-    return {name: (total, count) for name, (total, count) in means.sums.items()} | {
-        name: (number, 1) for name, number in once.items()
-    }
+    return {name: (total, count) for name, (total, count) in means.sums.items()} | {name: (number, 1) for name, number in once.items()}
 
 
 def _stop_if_not_finite(means: Means, iteration: int) -> None:

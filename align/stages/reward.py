@@ -12,7 +12,7 @@ from torch import Tensor
 from align.examples import Examples, prepare
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
-from align.model.forward import forward
+from align.model.forward import forward_head
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
 from align.records import Conversation, Preference, first_user_turn, read_rows
@@ -35,8 +35,7 @@ class BradleyTerry:
 
     def __call__(self, row: Row, totals: Totals) -> tuple[Tensor, Sums]:
         """The row's share of the loss, and how often the score agrees with the label (where the label says anything)."""
-        scores = forward(self.trainee.trunk, self.trainee.role, row).scores
-        assert scores is not None
+        scores = forward_head(self.trainee.trunk, self.trainee.role, row).scores
         chosen, rejected = scores.view(-1, 2).unbind(1)
         probability = scores.new_tensor([self.rows[i].chosen_probability for i in row.indices])
         margin = scores.new_tensor([self.rows[i].margin if self.settings.margins else 0.0 for i in row.indices])
@@ -75,12 +74,12 @@ def run(job: Job) -> Result:
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
     probes = save_probes(trainee.trunk, trainee.role, (data.heldout or data.training)[:PROBE_PAIRS], job.work)
-    metrics = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
+    facts = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result(
         "reward_model",
         model,
-        metrics,
+        facts,
         {**checks, "probe_scores": probes, "centred_on": centred_on},
         {"preferences": data.facts},
     )
@@ -112,7 +111,7 @@ def _centre(job: Job, trainee: Trainee, data: Examples[Preference]) -> tuple[flo
 def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
     """Scores of every completion. Shape (completions,), in the order of the rows."""
     with torch.no_grad():
-        return torch.cat([forward(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
+        return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
 
 
 def baselines(data: Examples[Preference], heldout: dict[str, float]) -> dict[str, float | list[float]]:

@@ -59,9 +59,9 @@ def run(job: Job) -> Result:
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.set_dropout(False)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
-    metrics = {"heldout_loss_before": before.get("heldout_loss"), **metrics}
-    form = "adapter" if trainee.adapter else "full"
-    return Result("policy", own_model(trainee.trunk, trainee.chat, form), metrics, checks, {"data": data.facts})
+    model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
+    before = {f"{name}_before": number for name, number in before.items()}
+    return Result("policy", model, {**before, **metrics}, checks, {"data": data.facts})
 
 
 def _check_ends(data: Examples[Conversation], trainee: Trainee) -> int:
@@ -76,7 +76,5 @@ def _check_ends(data: Examples[Conversation], trainee: Trainee) -> int:
         for at, counts in enumerate(trained):
             last = counts and (at + 1 == len(trained) or not trained[at + 1])
             if last and ids[at] != end:
-                raise AlignError(
-                    f"{data.where[example.index]}: a trained turn does not end with the end-of-turn token (id {end})."
-                )
+                raise AlignError(f"{data.where[example.index]}: a trained turn does not end with the end-of-turn token (id {end}).")
     return 0

@@ -26,9 +26,7 @@ def test_swapping_a_pair_and_its_probability_changes_nothing():
     chosen, rejected, p = torch.randn(3, 5).unbind()
     p = torch.sigmoid(p)
     zero = torch.zeros(5)
-    torch.testing.assert_close(
-        bradley_terry_loss(chosen, rejected, p, zero, 0.3), bradley_terry_loss(rejected, chosen, 1 - p, zero, 0.3)
-    )
+    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, p, zero, 0.3), bradley_terry_loss(rejected, chosen, 1 - p, zero, 0.3))
 
 
 @pytest.mark.parametrize(
