@@ -51,7 +51,8 @@ def hidden_states(trunk: Trunk, row: Row) -> Tensor:
     """The last hidden state at every token of the row. Shape (length, hidden)."""
     if not trunk.packs:
         return _padded_hidden_states(trunk, row)
-    taken_as_given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.ids.device)  # a 4-D mask: transformers builds none
+    # A 4-D mask is taken as given, so transformers builds none. Ours is empty: any attention but the packed one fails on it.
+    taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=row.ids.device)
     return trunk.decoder(
         input_ids=row.ids[None],
         position_ids=row.positions[None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,8 +253,9 @@ class Trunk:
 
     def merged_copy(self) -> PreTrainedModel:
         """A plain model that shares every tensor with the base but the adapted layers' weights. Fill it with `merge_into`."""
+        config = deepcopy(self.model.config)  # the attention is chosen in the config: the trunk keeps its own
         with torch.device("meta"):
-            copy = AutoModelForCausalLM.from_config(self.model.config, attn_implementation="sdpa")
+            copy = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
         own = {_plain_name(name): tensor for name, tensor in tensors if "lora_" not in name}
         adapted = {_plain_name(n) for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}

@@ -144,6 +144,7 @@ def _train(
         rollouts = score_rollouts(trainee, reward, value, completions, [row for batch in rows for row in batch], settings)
         metrics = rollout_metrics(rollouts)
         if iteration == 0:
+            _check_sampler(metrics["sampler_mismatch"])
             checks["kl_at_start"] = float(max((r.old_logprobs - r.ref_logprobs).abs().max() for r in rollouts))
         advantages_of(rollouts, settings)
         means = Means()
@@ -305,6 +306,15 @@ def _stop_if_not_finite(means: Means, iteration: int) -> None:
         raise AlignError(
             f"ppo: in round {iteration + 1} {', '.join(bad)} is not a finite number. The last checkpoint is kept. "
             "Lower the learning rates (--set ppo.learning_rate=..., ppo.value_learning_rate=...) or raise kl_coef, and run again."
+        )
+
+
+def _check_sampler(mismatch: float) -> None:
+    """The sampler may round otherwise than the trained policy, by a few hundredths of a nat a token; more is another model."""
+    if not mismatch < 0.5:
+        raise AlignError(
+            f"ppo: sampled tokens have log-probabilities {mismatch:.2f} nats off the trained policy's on average; expected under 0.5. "
+            "The sampler is not the policy. Try --set ppo.merged_sampler=false, and report it."
         )
 
 
