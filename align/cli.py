@@ -133,4 +133,4 @@ def _settings_help(recipe: Recipe) -> str:
         lines += [f"  {stage.name}.{role}=FILE  (now {path})" for role, (path, _) in stage.files.items()]
         for name, default, kind, meaning in help_lines(type(stage.settings), stage.name):
             lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
-    return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.tracker: of the whole recipe"])
+    return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.tracker: of the whole recipe"])

@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
     names = list(recipe.stages)
     for name, stage in recipe.stages.items():
         again = start is not None and names.index(name) >= names.index(start)
-        plans[name] = _plan_stage(stage, base, run, plans, again)
+        plans[name] = _plan_stage(stage, base, recipe.dtype, run, plans, again)
     for name in names:
         if only and name not in only:
             plans[name].state = "done" if plans[name].state == "done" else "skip"
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
     return list(plans.values())
 
 
-def _plan_stage(stage: Stage, base: Base, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
+def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
     files = {role: data_file(path, f"{stage.name}.{role}") for role, (path, _) in stage.files.items()}
     data = {role: _look_at(path, stage.files[role][1]) for role, path in files.items()}
     parents: dict[str, dict[str, Any] | None] = {}
@@ -103,6 +103,7 @@ def _plan_stage(stage: Stage, base: Base, run: Path, plans: dict[str, Planned], 
             "revision": stage.settings.revision,
             "settings": stage.settings.deciding(),
             "base": base.identity,
+            "dtype": dtype,
             "parents": {role: parent and parent["identity"] for role, parent in parents.items()},
             "data": {role: facts["sha256"] for role, facts in data.items()},
         }

@@ -15,6 +15,7 @@ from align.overrides import build, parse_override, replace_in
 from align.records import Conversation, Preference, Prompt, Row
 from align.settings import DPOSettings, EvaluateSettings, PPOSettings, RewardSettings, Settings, SFTSettings
 
+DTYPES = ("bfloat16", "float32")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -62,13 +63,19 @@ class Recipe:
         revision: of a hub id.
         seed: of every stage that is not given its own.
         tracker: tensorboard, wandb, trackio or mlflow, beside metrics.jsonl; none by default.
+        dtype: of the base's weights: bfloat16 or float32; by default bfloat16 where the processor computes in it natively.
     """
 
-    def __init__(self, name: str, *, base: str, revision: str | None = None, seed: int = 0, tracker: str | None = None):
+    def __init__(
+        self, name: str, *, base: str, revision: str | None = None, seed: int = 0, tracker: str | None = None, dtype: str | None = None
+    ):
         """See the class."""
         if tracker is not None and tracker not in TRACKERS:
             raise AlignError(f"recipe: tracker {tracker!r} is not known; expected one of {', '.join(TRACKERS)}, or none.")
+        if dtype is not None and dtype not in DTYPES:
+            raise AlignError(f"recipe: dtype {dtype!r} is not known; expected one of {', '.join(DTYPES)}, or none.")
         self.name, self.base_model, self.revision, self.seed, self.tracker = name, base, revision, seed, tracker
+        self.dtype = dtype
         self.stages: dict[str, Stage] = {}
 
     @property
@@ -200,6 +207,8 @@ class Recipe:
             self.revision = str(value)
         elif path == ["tracker"] and (value is None or value in TRACKERS):
             self.tracker = value
+        elif path == ["dtype"] and (value is None or value in DTYPES):
+            self.dtype = value
         elif path == ["seed"] and isinstance(value, int) and value >= 0:
             for name, stage in self.stages.items():
                 if getattr(stage.settings, "seed", None) == self.seed:
@@ -207,8 +216,8 @@ class Recipe:
             self.seed = value
         else:
             raise AlignError(
-                f"--set recipe.{'.'.join(path)}={value}: expected recipe.base, recipe.revision, recipe.seed (0 or more) "
-                f"or recipe.tracker ({', '.join(TRACKERS)})."
+                f"--set recipe.{'.'.join(path)}={value}: expected recipe.base, recipe.revision, recipe.seed (0 or more), "
+                f"recipe.dtype ({', '.join(DTYPES)}) or recipe.tracker ({', '.join(TRACKERS)})."
             )
 
     # Running ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Job:
     parents: dict[str, Artifact | None]
     files: dict[str, Path]
     work: Path
+    dtype: str | None = None
     tracker: Any = None
 
     def meter(self, *shown: str, unit: str = "tokens") -> Meter:
@@ -90,7 +91,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     begun = time.monotonic()
     _reset_peak_memory()
     with _tracker(recipe, planned) as tracker:
-        job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, tracker)
+        job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, recipe.dtype, tracker)
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     seconds_file = planned.work / "seconds.json"

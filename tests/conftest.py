@@ -141,7 +141,7 @@ def small_recipe(base, data, name="small", **recipe_settings):
     """Every stage on the tiny model: seconds in all."""
     from align import Lora, Recipe
 
-    recipe = Recipe(name, base=str(base), **recipe_settings)
+    recipe = Recipe(name, base=str(base), dtype="float32", **recipe_settings)
     lora = Lora(rank=4)
     sft = recipe.sft(data=data / "chat.jsonl", lora=lora, **SMALL)
     reward = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=lora, **SMALL)

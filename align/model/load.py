@@ -33,13 +33,13 @@ def root_identity(base: Base, artifact: Artifact | None) -> str:
     return first.identity if first and first.facts["model"]["form"] == "full" else base.identity
 
 
-def open_trunk(base: Base, artifact: Artifact | None, dtype: torch.dtype | None = None) -> tuple[Trunk, Chat]:
+def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) -> tuple[Trunk, Chat]:
     """Load the weights that an artifact stands on, without its adapters, in the processor's native type unless told."""
     first = artifact.chain()[0] if artifact else None
     location = str(first.folder / MODEL) if first and first.facts["model"]["form"] == "full" else local_model(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     revision = base.revision if location == base.location else None
-    trunk = Trunk.load(location, dtype, revision, device)
+    trunk = Trunk.load(location, getattr(torch, dtype) if dtype else None, revision, device)
     if not trunk.packs:
         say(
             "  note: this model's attention cannot run packed rows exactly, so rows are computed as padded sequences (slower, same results)"
@@ -158,7 +158,7 @@ def open_trainee(job: Job, wants_head: bool = False) -> Trainee:
     """
     parent, settings = job.parents["policy"], job.settings
     full = settings.lora is None
-    trunk, chat = open_trunk(job.base, parent, dtype=torch.float32 if full else None)
+    trunk, chat = open_trunk(job.base, parent, "float32" if full else job.dtype)
     before = load_role(trunk, parent)
     if full and before.adapters:
         copy = trunk.merged_copy()
@@ -178,7 +178,7 @@ def open_trainee(job: Job, wants_head: bool = False) -> Trainee:
             parameters.pop("lm_head.weight", None)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    trunk.autocast = full and native_dtype(trunk.device) == torch.bfloat16
+    trunk.autocast = full and job.dtype != "float32" and native_dtype(trunk.device) == torch.bfloat16
     if settings.gradient_checkpointing:
         trunk.checkpoint_activations()
     trunk.set_dropout(False)

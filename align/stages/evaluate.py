@@ -50,7 +50,7 @@ def run(job: Job) -> Result:
         root = root_identity(job.base, policy)
         if open_now is None or open_now[0] != root:
             open_now = None  # let the former weights go before the next are loaded
-            open_now = (root, *open_trunk(job.base, policy))
+            open_now = (root, *open_trunk(job.base, policy, job.dtype))
         _, trunk, chat = open_now
         meter.phase(f"sampling {_name(policy)}")
         answer = _answer(policy, trunk, chat, rows, settings, job.base.identity)
@@ -120,7 +120,7 @@ def _by_example(row: Row, per_completion: torch.Tensor) -> dict[int, list[float]
 
 def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: EvaluateSettings) -> None:
     """Score with a reward model that stands on weights of its own; it must share the policies' tokenizer."""
-    trunk, chat = open_trunk(job.base, reward)
+    trunk, chat = open_trunk(job.base, reward, job.dtype)
     role = load_role(trunk, reward)
     for answer in answers:
         policy = next((p for p in job.parents.values() if p and p.identity == answer.identity), None)
