@@ -16,6 +16,7 @@ from align.records import Row, read_rows
 from align.settings import Training
 
 PARTIAL = ".partial"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _find_state(planned: Planned, run: Path, plans: dict[str, Planned], again: b
         planned.state = "done"
     elif (aside / FACTS).is_file() and Artifact.open(aside).identity == identity:
         planned.state, planned.reason = "archived", "made before with these settings; taken from the archive"
-    elif (planned.work / "checkpoint.safetensors").is_file():
+    elif (planned.work / CHECKPOINT).is_file():
         planned.state, planned.reason = "resume", "stopped before; goes on from its last checkpoint"
     elif planned.former:
         planned.reason = _difference(planned, plans)

@@ -19,8 +19,9 @@ from typing import Any
 
 from align.artifact import FORMAT, Artifact, archive, full_disk_explained, publish
 from align.base import Base
+from align.curves import draw
 from align.errors import AlignError
-from align.plan import Planned, make_plan
+from align.plan import CHECKPOINT, Planned, make_plan
 from align.progress import Meter, console, say
 from align.recipe import Recipe
 from align.settings import Settings
@@ -94,10 +95,9 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
         job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, recipe.dtype, tracker)
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
-    seconds_file = planned.work / "seconds.json"
-    (planned.work / "checkpoint.safetensors").unlink(missing_ok=True)
-    seconds_file.unlink(missing_ok=True)
+    (planned.work / CHECKPOINT).unlink(missing_ok=True)
     facts = describe(planned, result, time.monotonic() - begun)
+    draw(stage.kind, planned.work / "metrics.jsonl", planned.work / "curves.png")
     publish(planned.work, planned.final, facts)
     with contextlib.suppress(OSError):
         planned.work.parent.rmdir()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-FILE = "checkpoint.safetensors"
+from align.plan import CHECKPOINT
 
 
 def save_checkpoint(
@@ -26,9 +26,9 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = folder / f"{FILE}.new"
+    temporary = folder / f"{CHECKPOINT}.new"
     save_file(tensors, temporary, metadata={"step": str(step), "extra": json.dumps(extra)})
-    os.replace(temporary, folder / FILE)
+    os.replace(temporary, folder / CHECKPOINT)
 
 
 def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
@@ -37,7 +37,7 @@ def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: t
     Returns:
         The step and `extra`; (0, {}) where there is no checkpoint.
     """
-    path = folder / FILE
+    path = folder / CHECKPOINT
     if not path.is_file():
         return 0, {}
     with safe_open(path, framework="pt") as file:

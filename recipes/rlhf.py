@@ -1,0 +1,21 @@
+"""RLHF: instruction tuning, a reward model on people's preferences, PPO against it, and a judge the policy never trained on.
+
+The second reward model, from another seed, is what the comparison scores with: it tells a better policy from one that has
+only learned its own reward model's mistakes.
+
+Your own data: --set sft.data=FILE, --set reward.preferences=FILE, --set ppo.prompts=FILE. Another base: --set recipe.base=...
+"""
+
+from align import Recipe
+
+recipe = Recipe("rlhf", base="embedded")
+sft = recipe.sft(data="datasets/chat.jsonl")
+reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0)
+unseen_reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0, seed=1, name="unseen_reward")
+ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=24)
+prompts = "datasets/heldout_prompts.jsonl"
+recipe.evaluate(policies=[recipe.base, sft, ppo], prompts=prompts, reward_model=reward_model)
+recipe.evaluate(policies=[recipe.base, sft, ppo], prompts=prompts, reward_model=unseen_reward_model, name="evaluate_unseen")
+
+if __name__ == "__main__":
+    recipe.main()
