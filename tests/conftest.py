@@ -158,3 +158,11 @@ def small_recipe(base, data, name="small", **recipe_settings):
     )
     recipe.evaluate(policies=[recipe.base, sft, dpo, ppo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=6)
     return recipe
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The tiny model's products are so small that a second thread only waits: on a busy machine, ten times the time."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,9 +1,9 @@
 """The model path. Importing it quiets the libraries: their progress bars and notes would tear ours apart."""
 
 import logging
-import os
+import warnings
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from transformers.utils import logging as transformers_logging  # noqa: E402

@@ -1,0 +1,343 @@
+"""The packed path against a plain padded forward of the same model by transformers and peft, with eager attention."""
+
+import random
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, TaskType, get_peft_model
+
+from align.model.forward import forward, forward_head, target_logprobs
+from align.model.packing import Example, make_row, pack
+from align.model.trunk import Head, Role, Trunk
+from align.settings import Lora
+
+KINDS = [
+    pytest.param("llama", {}, id="llama, grouped keys"),
+    pytest.param("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}, id="llama, untied"),
+    pytest.param("qwen3", {}, id="qwen3"),
+    pytest.param(
+        "gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, id="gemma3, window of 8 and full"
+    ),
+    pytest.param("mistral", {"sliding_window": 8}, id="mistral, window of 8"),
+]
+ROLE = Role(("a",))
+HEAD_ROLE = Role(("a",), "h")
+
+
+def some_examples(seed=0):
+    """Prompts of 1 to 20 tokens, 1 to 4 completions of 1 to 15; the last two are conversations of several turns."""
+    rng = random.Random(seed)
+
+    def ids(longest):
+        return tuple(rng.randrange(261) for _ in range(rng.randint(1, longest)))
+
+    examples = [Example(i, ids(20), tuple(ids(15) for _ in range(count))) for i, count in enumerate([1, 2, 4, 3, 1, 2])]
+    for index in (6, 7):
+        turns = [(ids(6), number % 2 == 0) for number in range(5)]
+        completion = tuple(token for turn, _ in turns for token in turn)
+        trained = tuple(counts for turn, counts in turns for _ in turn)
+        examples.append(Example(index, ids(10), (completion,), (trained,)))
+    return examples
+
+
+def randomise_b(trunk, seed=0):
+    """Give every B random numbers, so that A has gradients too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trunk.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def trunk_and_plain(kind, changes):
+    """The same model with the same adapter twice: as a trunk, and as peft and transformers run it."""
+    trunk = Trunk(make_model(kind, **changes))
+    trunk.add_adapter("a", Lora(rank=3), seed=1)
+    randomise_b(trunk)
+    torch.manual_seed(5)
+    trunk.heads["h"] = Head(trunk.hidden_size)
+    trunk.heads["h"].offset += 0.25
+    base = make_model(kind, **changes)
+    base.set_attn_implementation("eager")
+    config = LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    plain = get_peft_model(base, config, adapter_name="a").eval()
+    for name, parameter in trunk.model.named_parameters():
+        plain.get_parameter("base_model.model." + name).data.copy_(parameter.data)
+    for parameter in trunk.parameters_of("a", "h").values():
+        parameter.requires_grad_(True)
+    return trunk, plain
+
+
+def padded(examples):
+    """Sequences (ids, mask) padded on the right with token 3, and for each the (sequence, column) of its completion tokens."""
+    sequences = [(e.prompt, c) for e in examples for c in e.completions]
+    width = max(len(p) + len(c) for p, c in sequences)
+    ids = torch.full((len(sequences), width), 3)
+    mask = torch.zeros_like(ids)
+    for number, (prompt, completion) in enumerate(sequences):
+        length = len(prompt) + len(completion)
+        ids[number, :length] = torch.tensor(prompt + completion)
+        mask[number, :length] = 1
+    rows = torch.tensor([number for number, (_, c) in enumerate(sequences) for _ in c])
+    columns = torch.tensor([len(p) + k for p, c in sequences for k in range(len(c))])
+    return ids, mask, rows, columns
+
+
+def plain_logprobs(model, examples, temperature=1.0):
+    ids, mask, rows, columns = padded(examples)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs[rows, columns - 1, ids[rows, columns]]
+
+
+def plain_head(model, head, examples):
+    """Values before each completion token, and scores at each sequence's last token."""
+    ids, mask, rows, columns = padded(examples)
+    hidden = model.get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    values = (hidden * head.weight).sum(-1) - head.offset
+    return values[rows, columns - 1], values[torch.arange(len(ids)), mask.sum(1) - 1]
+
+
+def loss_weights(examples, seed=3):
+    """A random weight for every completion token, 0 where it is not trained."""
+    count = sum(len(c) for e in examples for c in e.completions)
+    trained = [
+        counts
+        for e in examples
+        for number, c in enumerate(e.completions)
+        for counts in (e.trained[number] if e.trained else [True] * len(c))
+    ]
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * torch.tensor(trained)
+
+
+def gradients(parameters):
+    found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return found
+
+
+def assert_equal_gradients(found, expected, relative=1e-5):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        assert float((found[name] - gradient).abs().max()) <= relative * scale, name
+
+
+def lora_gradients(trunk, plain):
+    found = gradients(trunk.parameters_of("a"))
+    expected = gradients({n.removeprefix("base_model.model."): p for n, p in plain.named_parameters() if "lora_" in n})
+    return found, expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, changes, temperature):
+    trunk, plain = trunk_and_plain(kind, changes)
+    assert trunk.packs
+    examples = some_examples()
+    weights = loss_weights(examples)
+    expected = plain_logprobs(plain, examples, temperature)
+    (expected * weights).sum().backward()
+    row = make_row(examples)
+    logprobs = forward(trunk, ROLE, row, temperature).logprobs
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)
+    row_weights = torch.where(row.trained_mask, weights, torch.zeros_like(weights))
+    assert torch.equal(row_weights, weights)
+    (logprobs * weights).sum().backward()
+    assert_equal_gradients(*lora_gradients(trunk, plain))
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_packed_values_scores_and_gradients_are_the_padded_ones(kind, changes):
+    trunk, plain = trunk_and_plain(kind, changes)
+    examples, head = some_examples(), trunk.heads["h"]
+    expected_values, expected_scores = plain_head(plain, head, examples)
+    weights, score_weights = loss_weights(examples), torch.linspace(-1, 1, len(expected_scores))
+    ((expected_values * weights).sum() + (expected_scores * score_weights).sum()).backward()
+    expected_head = gradients({"weight": head.weight})
+    values, scores = forward_head(trunk, HEAD_ROLE, make_row(examples))
+    torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-6)
+    ((values * weights).sum() + (scores * score_weights).sum()).backward()
+    assert_equal_gradients(gradients({"weight": head.weight}), expected_head)
+    assert_equal_gradients(*lora_gradients(trunk, plain))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("gemma2", {"sliding_window": 8, "attn_logit_softcapping": None}, id="gemma2, softcapped logits"),
+        pytest.param("gemma2", {"sliding_window": 8}, id="gemma2, softcapped attention too"),
+        pytest.param("gemma2", {"sliding_window": 8, "attn_logit_softcapping": 5.0}, id="gemma2, attention capped at 5"),
+        pytest.param("gpt2", {"n_embd": 64}, id="gpt2, learned positions"),
+        pytest.param("llama", {}, id="llama"),
+    ],
+)
+def test_a_model_that_does_not_pack_gives_the_same_numbers_the_padded_way(kind, changes, packs):
+    trunk, plain = trunk_and_plain(kind, changes)
+    trunk.packs &= packs
+    examples = some_examples()
+    weights = loss_weights(examples)
+    expected = plain_logprobs(plain, examples, 0.7)
+    (expected * weights).sum().backward()
+    logprobs = forward(trunk, ROLE, make_row(examples), 0.7).logprobs
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)
+    (logprobs * weights).sum().backward()
+    assert_equal_gradients(*lora_gradients(trunk, plain))
+
+
+def test_the_padded_way_gives_the_packed_values_and_scores():
+    trunk, _ = trunk_and_plain("llama", {})
+    row, head = make_row(some_examples()), trunk.heads["h"]
+    found = []
+    for packs in (True, False):
+        trunk.packs = packs
+        values, scores = forward_head(trunk, HEAD_ROLE, row)
+        (values.sum() + scores.square().sum()).backward()
+        found.append((values, scores, gradients({**trunk.parameters_of("a"), "head": head.weight})))
+    torch.testing.assert_close(found[0][:2], found[1][:2], atol=1e-5, rtol=1e-6)
+    assert_equal_gradients(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("granite", {"logits_scaling": 4.0}, id="granite divides its logits"),
+        pytest.param("cohere", {"logit_scale": 0.25}, id="cohere multiplies its logits"),
+    ],
+)
+def test_a_model_that_scales_its_logits_is_exact_or_refused(kind, changes):
+    from align.errors import AlignError
+
+    model = make_model(kind, **changes)
+    examples = some_examples()
+    with torch.no_grad():
+        expected = plain_logprobs(model, examples)
+        try:
+            trunk = Trunk(model)
+        except AlignError:
+            return
+        torch.testing.assert_close(forward(trunk, Role(), make_row(examples)).logprobs, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_output_layer_gives_what_autograd_through_the_logits_gives(frozen, softcap, temperature):
+    """More tokens than one chunk. Frozen, the gradient is made in the forward pass; else chunks are computed again."""
+    trunk = Trunk(make_model(tie_word_embeddings=False))
+    trunk.softcap = softcap
+    weight = trunk.output_layer.weight.requires_grad_(not frozen)
+    generator = torch.Generator().manual_seed(0)
+    hidden = (2 * torch.randn(300, 64, generator=generator)).requires_grad_(True)
+    targets, scale = torch.randint(261, (300,), generator=generator), torch.randn(300, generator=generator)
+    logits = hidden @ weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.log_softmax(logits / temperature, -1)
+    expected_entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
+    wanted = {"hidden": hidden} | ({} if frozen else {"weight": weight})
+    (expected.gather(1, targets[:, None])[:, 0] * scale).sum().backward()
+    expected_gradients = gradients(wanted)
+    logprobs, entropy = target_logprobs(trunk, hidden, targets, temperature)
+    (logprobs * scale).sum().backward()
+    torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-6)
+    assert_equal_gradients(gradients(wanted), expected_gradients)
+    assert not entropy.requires_grad
+    with torch.no_grad():
+        again, entropy = target_logprobs(trunk, hidden, targets, temperature)
+    assert torch.equal(again, logprobs)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_an_output_layer_with_a_bias_is_used_whole():
+    trunk = Trunk(make_model(tie_word_embeddings=False))
+    trunk.output_layer.bias = torch.nn.Parameter(torch.randn(261), requires_grad=False)
+    hidden, targets = torch.randn(10, 64), torch.arange(10)
+    expected = torch.log_softmax(hidden @ trunk.output_layer.weight.T + trunk.output_layer.bias, -1)
+    logprobs, _ = target_logprobs(trunk, hidden, targets, 1.0)
+    torch.testing.assert_close(logprobs, expected[torch.arange(10), targets], atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_who_shares_a_row_and_in_which_order_changes_nothing(kind, changes):
+    trunk, _ = trunk_and_plain(kind, changes)
+    examples = some_examples()
+
+    def by_example(rows):
+        found = {}
+        for row in rows:
+            sizes = [e.tokens - len(e.prompt) for e in row.examples]
+            counts = [len(e.completions) for e in row.examples]
+            heads = forward_head(trunk, HEAD_ROLE, row)
+            parts = zip(
+                forward(trunk, ROLE, row).logprobs.split(sizes), heads.values.split(sizes), heads.scores.split(counts), strict=True
+            )
+            found |= {e.index: torch.cat(part) for e, part in zip(row.examples, parts, strict=True)}
+        return [found[index] for index in range(len(examples))]
+
+    with torch.no_grad():
+        together = by_example([make_row(examples)])
+        for rows in ([make_row(examples[::-1])], [make_row([e]) for e in examples], pack(examples, 80)):
+            torch.testing.assert_close(by_example(rows), together, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_pad_equal_to_end_of_turn_is_irrelevant(packs):
+    """Masks come from lengths, so a token is never taken for padding: the same numbers to the bit, whatever pad is."""
+    ends = [Example(0, (5, 1, 9), ((1, 6, 1), (7, 1))), Example(1, (0, 0, 8), ((0, 1), (1,)))]
+    found = []
+    for pad in (0, 1):
+        trunk = Trunk(make_model(pad_token_id=pad))
+        trunk.packs = packs
+        torch.manual_seed(0)
+        trunk.heads["h"] = Head(64)
+        with torch.no_grad():
+            found.append((forward(trunk, Role(), make_row(ends)).logprobs, *forward_head(trunk, Role((), "h"), make_row(ends))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    plain = make_model()
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(found[0][0], plain_logprobs(plain, ends), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gemma3_text", {"sliding_window": 8})])
+def test_gradients_of_all_weights_are_those_of_plain_autograd(kind, changes, tied):
+    trunk = Trunk(make_model(kind, tie_word_embeddings=tied, **changes))
+    plain = make_model(kind, tie_word_embeddings=tied, **changes)
+    plain.set_attn_implementation("eager")
+    trunk.model.requires_grad_(True)
+    examples = some_examples()
+    weights = loss_weights(examples)
+    (plain_logprobs(plain, examples) * weights).sum().backward()
+    (forward(trunk, Role(), make_row(examples)).logprobs * weights).sum().backward()
+    found = gradients(trunk.parameters_of())
+    assert ("lm_head.weight" in found) is not tied
+    assert_equal_gradients(found, gradients(dict(plain.named_parameters())))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(full, packs):
+    found = []
+    for checkpointed in (False, True):
+        trunk, _ = trunk_and_plain("llama", {"attention_dropout": 0.5})  # which must stay off
+        trunk.packs = packs
+        parameters = trunk.parameters_of("a", "h")
+        if full:
+            parameters = {n: p for n, p in trunk.parameters_of().items() if "lora_" not in n}
+            trunk.model.requires_grad_(True)
+        if checkpointed:
+            trunk.checkpoint_activations()
+        row = make_row(some_examples())
+        with trunk.switched_to(ROLE):
+            forward(trunk, ROLE, row).logprobs.sum().backward()
+            values, scores = forward_head(trunk, HEAD_ROLE, row)
+            (values.sum() + scores.sum()).backward()
+        found.append(gradients(parameters))
+    assert_equal_gradients(found[1], found[0], relative=1e-6)

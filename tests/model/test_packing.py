@@ -1,0 +1,108 @@
+import random
+
+import pytest
+import torch
+
+from align.model.packing import Example, fill, make_row, pack, shuffled_batches
+
+TWO_COMPLETIONS = Example(7, (10, 11), ((20, 21, 22), (30,)), ((False, True, True), (True,)))
+ONE_COMPLETION = Example(3, (12,), ((40, 41),))
+
+
+def random_examples(count, seed=0):
+    rng = random.Random(seed)
+
+    def ids():
+        return tuple(rng.randrange(261) for _ in range(rng.randint(1, 20)))
+
+    return [Example(i, ids(), tuple(ids() for _ in range(rng.randint(1, 4)))) for i in range(count)]
+
+
+@pytest.mark.parametrize("row_tokens", [16, 40, 100, 333, 10_000])
+def test_packing_holds_every_example_exactly_once(row_tokens):
+    examples = random_examples(50)
+    packed = [example for row in pack(examples, row_tokens) for example in row.examples]
+    assert sorted(packed, key=lambda example: example.index) == examples
+
+
+@pytest.mark.parametrize("row_tokens", [16, 40, 100, 333, 10_000])
+def test_no_row_is_over_budget_but_for_a_single_example_that_is(row_tokens):
+    for row in pack(random_examples(50), row_tokens):
+        assert len(row.ids) == sum(example.tokens for example in row.examples)
+        assert len(row.ids) <= row_tokens or len(row.examples) == 1
+
+
+def test_first_fit_with_the_largest_first_by_hand():
+    """budget 6: 5 opens bin 0, 4 opens bin 1, 3 opens bin 2, 2 fits beside 4, 1 fits beside 5; 9 stands alone."""
+    assert fill([5, 4, 3, 2, 1], 6) == [[0, 4], [1, 3], [2]]
+    assert fill([1, 9, 2], 6) == [[1], [0, 2]]
+    assert fill([], 6) == []
+
+
+def test_a_row_by_hand():
+    row = make_row([TWO_COMPLETIONS, ONE_COMPLETION])
+    assert row.ids.tolist() == [10, 11, 20, 21, 22, 30, 12, 40, 41]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 2]
+    assert row.predicted_at.tolist() == [1, 2, 3, 1, 6, 7]
+    assert row.targets.tolist() == [20, 21, 22, 30, 40, 41]
+    assert row.owner.tolist() == [0, 0, 0, 1, 2, 2]
+    assert row.trained_mask.tolist() == [False, True, True, True, True, True]
+    assert row.last.tolist() == [4, 5, 8]
+    assert row.indices == [7, 3]
+    assert [(s.prompt, s.completions) for s in row.segments] == [
+        (slice(0, 2), (slice(2, 5), slice(5, 6))),
+        (slice(6, 7), (slice(7, 9),)),
+    ]
+
+
+def test_a_moved_row_is_the_same_row():
+    row = make_row([TWO_COMPLETIONS, ONE_COMPLETION])
+    moved = row.to("cpu")
+    assert moved.examples == row.examples
+    assert moved.segments == row.segments
+    for name in ("ids", "positions", "predicted_at", "targets", "trained_mask", "owner", "last"):
+        assert torch.equal(getattr(moved, name), getattr(row, name))
+
+
+def test_sums_per_completion_leave_out_what_is_not_trained():
+    """the first completion's first token does not count: 2 + 4, then 8, then 16 + 32."""
+    row = make_row([TWO_COMPLETIONS, ONE_COMPLETION])
+    assert row.sum_per_completion(torch.tensor([1.0, 2, 4, 8, 16, 32])).tolist() == [6, 8, 48]
+    assert row.sum_per_completion(torch.tensor([float("-inf"), 2, 4, 8, 16, 32])).tolist() == [6, 8, 48]
+    assert row.tokens_per_completion().tolist() == [2, 1, 2]
+
+
+def test_no_gradient_reaches_what_is_not_trained():
+    row = make_row([TWO_COMPLETIONS])
+    logprobs = torch.zeros(4, requires_grad=True)
+    row.sum_per_completion(logprobs).sum().backward()
+    assert logprobs.grad.tolist() == [0, 1, 1, 1]
+
+
+def test_counts_of_an_example_by_hand():
+    """2 prompt tokens, 3 + 1 completion tokens, of which the first does not count."""
+    assert (TWO_COMPLETIONS.tokens, TWO_COMPLETIONS.longest, TWO_COMPLETIONS.trained_tokens) == (6, 5, 3)
+    assert (ONE_COMPLETION.tokens, ONE_COMPLETION.longest, ONE_COMPLETION.trained_tokens) == (3, 3, 2)
+
+
+@pytest.mark.parametrize("example", [Example(0, (), ((1,),)), Example(0, (1,), ((),)), Example(0, (1,), ((2,), ()))])
+def test_an_empty_prompt_or_completion_is_refused(example):
+    with pytest.raises(ValueError, match="example 0 has an empty prompt or completion"):
+        make_row([example])
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (1, 4), (4, 4), (10, 4), (12, 4), (7, 1)])
+def test_shuffled_batches_are_a_partition(count, batch_size):
+    batches = shuffled_batches(count, batch_size, torch.Generator().manual_seed(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+
+
+def test_the_order_of_batches_is_the_seed_s():
+    def order(seed):
+        return shuffled_batches(40, 8, torch.Generator().manual_seed(seed))
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1) != [list(range(i, i + 8)) for i in range(0, 40, 8)]
