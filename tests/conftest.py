@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -166,3 +167,74 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def randomise(trunk, adapter, seed=0, spread=0.1):
+    """Give an adapter's B random numbers, so that it changes something and A has gradients."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trunk.parameters_of(adapter).items():
+            if "lora_B" in name:
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+def make_trainee(chat, lora=None, head=False, name="stage"):
+    """A float32 trainee on the tiny model: a frozen random adapter `sft`, a fresh adapter on top, and perhaps a head."""
+    import torch
+
+    from align import Lora
+    from align.model.load import Trainee
+    from align.model.trunk import Head, Role, Trunk
+
+    trunk = Trunk(make_model())
+    trunk.add_adapter("sft", Lora(rank=4), seed=1)
+    randomise(trunk, "sft", seed=1)
+    trunk.add_adapter(name, lora or Lora(rank=4), seed=2)
+    if head:
+        torch.manual_seed(3)
+        trunk.heads[name] = Head(trunk.hidden_size)
+    parameters = trunk.parameters_of(name, name if head else None)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    trunk.set_dropout(False)
+    return Trainee(trunk, chat, Role(("sft",)), Role(("sft", name), name if head else None), name, parameters)
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_base, data, tmp_path_factory):
+    """The folder of `small_recipe`, run once in float32."""
+    return small_recipe(tiny_base, data, dtype="float32").run(tmp_path_factory.mktemp("small") / "run")
+
+
+@pytest.fixture(scope="session")
+def script(tiny_base, data, tmp_path_factory):
+    """A recipe script: `small_recipe`, to be run from the command line."""
+    path = tmp_path_factory.mktemp("script") / "small.py"
+    path.write_text(
+        f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom conftest import small_recipe\n"
+        f"recipe = small_recipe({str(tiny_base)!r}, Path({str(data)!r}))\n"
+        "if __name__ == '__main__':\n    recipe.main()\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(script, tmp_path_factory):
+    """The folder of a whole run of `small_recipe`, to be read only."""
+    from processes import align
+
+    folder = tmp_path_factory.mktemp("finished")
+    ended = align("run", script, "--out", "small", folder=folder)
+    assert ended.code == 0, ended.err
+    return folder / "small"
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """The same, to be changed."""
+    import shutil
+
+    return Path(shutil.copytree(finished, tmp_path / "small"))

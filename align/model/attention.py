@@ -137,7 +137,7 @@ def _scores(query: Tensor, key: Tensor, scaling: float, at: slice, window: int |
     return scores
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """True where a query may not see a key: the future, and what is further back than the window."""
     behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]

@@ -116,5 +116,8 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tup
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+        # the first token whose cumulated probability passes a uniform number: multinomial draws one number per token instead
+        cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator, device=logits.device)
+        tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

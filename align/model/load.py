@@ -164,7 +164,7 @@ def open_trainee(job: Job, wants_head: bool = False) -> Trainee:
         copy = trunk.merged_copy()
         trunk.merge_into(copy, before)
         trunk, before = Trunk(copy), Role()
-    adapter = None if full else job.name
+    adapter = None if full else f"{job.name}-new"  # not the name of any part of a layer
     torch.manual_seed(settings.seed)
     if adapter is not None:
         trunk.add_adapter(adapter, settings.lora, settings.seed)

@@ -277,10 +277,10 @@ class Trunk:
         with torch.no_grad():
             for name, layer in self.model.named_modules():
                 if isinstance(layer, LoraLayer):
-                    weight = layer.get_base_layer().weight.float()
+                    weight = layer.get_base_layer().weight.to(torch.float32, copy=True)
                     for adapter in role.adapters:
                         if adapter in layer.lora_A:
-                            weight = weight + layer.get_delta_weight(adapter).float()
+                            weight.addmm_(layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, alpha=layer.scaling[adapter])
                     targets[_plain_name(name)].weight.copy_(weight)
 
     def can_merge(self) -> bool:

@@ -38,7 +38,7 @@ from align.records import Prompt, read_rows, write_jsonl
 from align.run import Job, Result
 from align.settings import Lora, PPOSettings
 
-VALUE = "value"
+VALUE = "value-new"
 SAMPLES_KEPT = 8  # completions of each round written to samples/
 
 

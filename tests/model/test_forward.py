@@ -7,6 +7,7 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, TaskType, get_peft_model
 
+from align.errors import AlignError
 from align.model.forward import forward, forward_head, target_logprobs
 from align.model.packing import Example, make_row, pack
 from align.model.trunk import Head, Role, Trunk
@@ -21,8 +22,8 @@ KINDS = [
     ),
     pytest.param("mistral", {"sliding_window": 8}, id="mistral, window of 8"),
 ]
-ROLE = Role(("a",))
-HEAD_ROLE = Role(("a",), "h")
+ROLE = Role(("one",))
+HEAD_ROLE = Role(("one",), "h")
 
 
 def some_examples(seed=0):
@@ -53,7 +54,7 @@ def randomise_b(trunk, seed=0):
 def trunk_and_plain(kind, changes):
     """The same model with the same adapter twice: as a trunk, and as peft and transformers run it."""
     trunk = Trunk(make_model(kind, **changes))
-    trunk.add_adapter("a", Lora(rank=3), seed=1)
+    trunk.add_adapter("one", Lora(rank=3), seed=1)
     randomise_b(trunk)
     torch.manual_seed(5)
     trunk.heads["h"] = Head(trunk.hidden_size)
@@ -61,10 +62,10 @@ def trunk_and_plain(kind, changes):
     base = make_model(kind, **changes)
     base.set_attn_implementation("eager")
     config = LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-    plain = get_peft_model(base, config, adapter_name="a").eval()
+    plain = get_peft_model(base, config, adapter_name="one").eval()
     for name, parameter in trunk.model.named_parameters():
         plain.get_parameter("base_model.model." + name).data.copy_(parameter.data)
-    for parameter in trunk.parameters_of("a", "h").values():
+    for parameter in trunk.parameters_of("one", "h").values():
         parameter.requires_grad_(True)
     return trunk, plain
 
@@ -127,7 +128,7 @@ def assert_equal_gradients(found, expected, relative=1e-5):
 
 
 def lora_gradients(trunk, plain):
-    found = gradients(trunk.parameters_of("a"))
+    found = gradients(trunk.parameters_of("one"))
     expected = gradients({n.removeprefix("base_model.model."): p for n, p in plain.named_parameters() if "lora_" in n})
     return found, expected
 
@@ -144,8 +145,7 @@ def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, change
     row = make_row(examples)
     logprobs = forward(trunk, ROLE, row, temperature).logprobs
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)
-    row_weights = torch.where(row.trained_mask, weights, torch.zeros_like(weights))
-    assert torch.equal(row_weights, weights)
+    assert torch.equal(row.trained_mask, weights != 0)
     (logprobs * weights).sum().backward()
     assert_equal_gradients(*lora_gradients(trunk, plain))
 
@@ -198,7 +198,7 @@ def test_the_padded_way_gives_the_packed_values_and_scores():
         trunk.packs = packs
         values, scores = forward_head(trunk, HEAD_ROLE, row)
         (values.sum() + scores.square().sum()).backward()
-        found.append((values, scores, gradients({**trunk.parameters_of("a"), "head": head.weight})))
+        found.append((values, scores, gradients({**trunk.parameters_of("one"), "head": head.weight})))
     torch.testing.assert_close(found[0][:2], found[1][:2], atol=1e-5, rtol=1e-6)
     assert_equal_gradients(found[0][2], found[1][2])
 
@@ -211,8 +211,6 @@ def test_the_padded_way_gives_the_packed_values_and_scores():
     ],
 )
 def test_a_model_that_scales_its_logits_is_exact_or_refused(kind, changes):
-    from align.errors import AlignError
-
     model = make_model(kind, **changes)
     examples = some_examples()
     with torch.no_grad():
@@ -248,7 +246,7 @@ def test_the_output_layer_gives_what_autograd_through_the_logits_gives(frozen, s
     assert_equal_gradients(gradients(wanted), expected_gradients)
     assert not entropy.requires_grad
     with torch.no_grad():
-        again, entropy = target_logprobs(trunk, hidden, targets, temperature)
+        again, entropy = target_logprobs(trunk, hidden.detach(), targets, temperature)
     assert torch.equal(again, logprobs)
     torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
 
@@ -328,7 +326,7 @@ def test_gradient_checkpointing_changes_no_gradient(full, packs):
     for checkpointed in (False, True):
         trunk, _ = trunk_and_plain("llama", {"attention_dropout": 0.5})  # which must stay off
         trunk.packs = packs
-        parameters = trunk.parameters_of("a", "h")
+        parameters = trunk.parameters_of("one", "h")
         if full:
             parameters = {n: p for n, p in trunk.parameters_of().items() if "lora_" not in n}
             trunk.model.requires_grad_(True)

@@ -1,0 +1,138 @@
+"""Sampling against a teacher-forced recompute, transformers' own greedy search, and the softmax it should follow."""
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import GenerationConfig
+
+from align.model.generate import sample
+from align.model.trunk import Role, Trunk
+from align.settings import Lora
+
+KINDS = [
+    pytest.param("llama", {}, id="llama"),
+    pytest.param("qwen3", {}, id="qwen3"),
+    pytest.param(
+        "gemma3_text",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False},
+        id="gemma3, window of 8 and full",
+    ),
+    pytest.param("mistral", {"sliding_window": 8}, id="mistral, window of 8"),
+]
+PROMPTS = [
+    (5, 6, 7),
+    (100, 4),
+    (8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21),
+    (3,),
+    (0, 0, 50, 1, 30, 31, 32, 33, 34, 35),
+]
+STOPS = frozenset(range(1, 25))  # one token in eleven, so that some completions end early and some not at all
+
+
+def recomputed(model, prompt, completion, temperature):
+    """Log-probabilities of the completion, one plain forward without a cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_log_probabilities_are_those_of_a_teacher_forced_recompute(kind, changes, temperature):
+    """Ragged prompts, several completions each, finished ones leaving the batch."""
+    model = make_model(kind, **changes)
+    sampled = sample(model, PROMPTS, 3, 16, temperature, STOPS, seed=0)
+    plain = make_model(kind, **changes)
+    plain.set_attn_implementation("eager")
+    completions = [c for of_prompt in sampled for c in of_prompt]
+    assert len({len(c.ids) for c in completions}) > 3
+    for prompt, of_prompt in zip(PROMPTS, sampled, strict=True):
+        assert len(of_prompt) == 3
+        for completion in of_prompt:
+            expected = recomputed(plain, prompt, completion.ids, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_completion_ends_with_the_first_stop_token_and_keeps_it():
+    completions = [c for of_prompt in sample(make_model(), PROMPTS, 4, 12, 1.0, STOPS, seed=1) for c in of_prompt]
+    assert {c.ended for c in completions} == {True, False}
+    for completion in completions:
+        assert not STOPS & set(completion.ids[:-1])
+        assert completion.ended is (completion.ids[-1] in STOPS)
+        assert len(completion.ids) == len(completion.logprobs)
+        assert len(completion.ids) == 12 or completion.ended
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS)
+def test_temperature_0_is_transformers_greedy_search(kind, changes):
+    model = make_model(kind, **changes)
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(STOPS), pad_token_id=0)
+    sampled = sample(model, PROMPTS, 2, 12, 0.0, STOPS, seed=0)
+    for prompt, (first, second) in zip(PROMPTS, sampled, strict=True):
+        greedy = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), generation_config=config)
+        assert list(first.ids) == greedy[0, len(prompt) :].tolist()
+        assert first.ids == second.ids
+        torch.testing.assert_close(torch.tensor(first.logprobs), recomputed(model, prompt, first.ids, 1.0), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_completions_and_another_seed_others():
+    model = make_model()
+    first = sample(model, PROMPTS, 3, 8, 1.0, STOPS, seed=4)
+    torch.rand(3)  # the world's random state plays no part
+    assert sample(model, PROMPTS, 3, 8, 1.0, STOPS, seed=4) == first
+    assert sample(model, PROMPTS, 3, 8, 1.0, STOPS, seed=5) != first
+
+
+def test_sampling_leaves_the_world_s_random_state_alone():
+    model = make_model()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sample(model, PROMPTS, 1, 4, 1.0, STOPS, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_one_token_completions_follow_the_softmax(temperature):
+    """4,000 samples; Pearson's statistic over tokens expected 5 times or more is below its mean plus 4 deviations."""
+    model, prompt, count = make_model(), (5, 6, 7), 4000
+    sampled = sample(model, [prompt], count, 1, temperature, STOPS, seed=0)[0]
+    assert len(sampled) == count
+    with torch.no_grad():
+        expected = count * torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / temperature, -1)
+    found = torch.bincount(torch.tensor([c.ids[0] for c in sampled]), minlength=261).float()
+    often = expected >= 5
+    groups = [(found[often], expected[often]), (found[~often].sum()[None], expected[~often].sum()[None])]
+    statistic = sum(float(((f - e) ** 2 / e).sum()) for f, e in groups if e.sum() >= 5)
+    freedom = int(often.sum())
+    assert freedom > 5
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_more_prompts_than_are_decoded_at_once_come_back_in_their_order():
+    """60 prompts in two batches, longest first: greedily, each gets the completion it gets alone."""
+    prompts = [(5 + i, *range(30, 30 + i % 7)) for i in range(60)]
+    model, done = make_model(), []
+    sampled = sample(model, prompts, 1, 5, 0.0, STOPS, seed=0, on_progress=done.append)
+    for prompt, [completion] in zip(prompts, sampled, strict=True):
+        assert sample(model, [prompt], 1, 5, 0.0, STOPS, seed=0)[0][0].ids == completion.ids
+    assert done == [48, 60]
+
+
+def test_a_trunk_samples_from_the_role_it_is_switched_to():
+    trunk = Trunk(make_model())
+    trunk.add_adapter("sft", Lora(rank=3), seed=0)
+    with torch.no_grad():
+        for name, parameter in trunk.parameters_of("sft").items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    copy = trunk.merged_copy()
+    for role in (Role(("sft",)), Role()):
+        with trunk.switched_to(role):
+            through_adapters = sample(trunk.model, PROMPTS, 2, 8, 1.0, STOPS, seed=0)
+            for prompt, of_prompt in zip(PROMPTS, through_adapters, strict=True):
+                for completion in of_prompt:
+                    expected = recomputed(trunk.model, prompt, completion.ids, 1.0)
+                    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5)
+        trunk.merge_into(copy, role)
+        merged = sample(copy, PROMPTS, 2, 8, 1.0, STOPS, seed=0)
+        assert [[c.ids for c in of_prompt] for of_prompt in merged] == [[c.ids for c in of_prompt] for of_prompt in through_adapters]
