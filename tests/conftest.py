@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two; `smollm2` takes all again
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -89,9 +90,12 @@ def chat(tiny_base):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the real model, converted once."""
+    """The folder of the real model, converted once. From here on torch may use every core."""
+    import torch
+
     from align.base import find_base, local_model
 
+    torch.set_num_threads(os.cpu_count() or 1)
     return Path(local_model(find_base("embedded")))
 
 
