@@ -64,6 +64,8 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     Raises:
         AlignError: for anything a user can mend. Finished stages and checkpoints stay.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AlignError("a recipe runs in one process for now; start it with python rather than `accelerate launch` or torchrun.")
     make_plan(recipe, run, only, start)  # every mistake that can be seen beforehand is told before the folder is made
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -138,56 +140,70 @@ def train(
     Raises:
         AlignError: where the loss or gradient is not finite, naming the rows that caused it. The checkpoint stays.
     """
+    accelerator = Accelerator()
     optimizer = make_optimizer([list(parameters.values())], settings.weight_decay)
     steps = count_steps(len(examples), settings)
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
     torch.manual_seed(settings.seed)  # dropout's randomness, unless a checkpoint brings its own
     start, extra = load_checkpoint(folder, parameters, optimizer)
     last: dict[str, float] = extra.get("heldout", {})
     meter.begin(steps, start)
     epoch, batches = -1, list[list[Row]]()
     for step in range(start, steps):
-        per_epoch = math.ceil(len(examples) / settings.batch_size)
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             batches = epoch_batches(examples, settings, epoch)
         rows = batches[step % per_epoch]
         rate = learning_rate(step, steps, settings.learning_rate, settings.warmup, settings.decay)
-        metrics = _step(objective, rows, optimizer, rate, settings, where)
+        metrics = _step(accelerator, objective, rows, optimizer, rate, settings.max_grad_norm, where)
         done = step + 1
         if heldout and (done % settings.eval_every == 0 or done == steps):
             last = evaluate(objective, heldout, settings.row_tokens)
-        meter.step(
-            done,
-            {**metrics, **(last if done % settings.eval_every == 0 or done == steps else {})},
-            sum(len(r.ids) for r in rows),
-        )
-        if done % settings.save_every == 0 or done == steps:
-            save_checkpoint(folder, done, parameters, optimizer, {"heldout": last})
+            metrics |= last
+        if accelerator.is_main_process:
+            meter.step(done, metrics, sum(len(row.ids) for row in rows))
+            if done % settings.save_every == 0 or done == steps:
+                save_checkpoint(folder, done, parameters, optimizer, {"heldout": last})
+    meter.close()
     return last
 
 
 def _step(
-    objective: Objective, rows: list[Row], optimizer: torch.optim.Optimizer, rate: float, settings: Training, where: list[str]
+    accelerator: Accelerator,
+    objective: Objective,
+    rows: list[Row],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_grad_norm: float,
+    where: list[str],
 ) -> dict[str, float]:
-    """Forward, backward and update of one optimizer step."""
+    """Forward, backward and update of one optimizer step. Every process takes its share of the rows; gradients are summed."""
     totals = objective.totals([example for row in rows for example in row.examples])
-    means, loss_sum = Means(), 0.0
-    for row in rows:
+    means, bad = Means(), list[Row]()
+    for row in rows[accelerator.process_index :: accelerator.num_processes]:
         loss, sums = objective(row, totals)
         if not torch.isfinite(loss):
-            raise _not_finite("loss", float(loss), [row], where)
-        loss.backward()
-        means.add(sums)
-        loss_sum += float(loss.detach())
-    (norm,) = update(optimizer, [rate], settings.max_grad_norm)
-    if not math.isfinite(norm):
-        raise _not_finite("gradient norm", norm, rows, where)
-    return {"loss": loss_sum, **means.means(), "grad_norm": norm, "learning_rate": rate}
+            bad.append(row)
+        accelerator.backward(loss)
+        means.add({**sums, "step_loss": (float(loss.detach()), 1 / len(rows))})  # counts add up to 1: the mean is the sum
+    if accelerator.num_processes > 1:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(grad, "sum")
+        everyone, means = gather_object([dict(means.sums)]), Means()
+        for sums in everyone:
+            means.add({name: (value, count) for name, (value, count) in sums.items()})
+    (norm,) = update(optimizer, [rate], max_grad_norm)
+    if bad or not math.isfinite(norm):
+        raise _not_finite("loss" if bad else "gradient norm", bad or rows, where)
+    found = means.means()
+    return {"loss": found.pop("step_loss"), **found, "grad_norm": norm, "learning_rate": rate}
 
 
-def _not_finite(what: str, value: float, rows: list[Row], where: list[str]) -> AlignError:
+def _not_finite(what: str, rows: list[Row], where: list[str]) -> AlignError:
     lines = ", ".join(where[index] for row in rows for index in row.indices)
     return AlignError(
-        f"training stopped: the {what} is {value}; expected a finite number. It came from {lines}.\n"
+        f"training stopped: the {what} is not a finite number. It came from {lines}.\n"
         "  The last checkpoint is kept. Look at those rows, or lower the learning rate (--set STAGE.learning_rate=...), and run again."
     )

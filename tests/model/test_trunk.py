@@ -83,7 +83,7 @@ def drop_own_forward(trunk):
 # Fresh adapters and roles --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", LORAS[:2] + LORAS[3:])
+@pytest.mark.parametrize("lora", LORAS)
 def test_a_fresh_adapter_changes_nothing_to_the_bit(trunk, lora):
     before = logprobs(trunk)
     trunk.add_adapter("sft", lora, seed=0)
@@ -191,6 +191,24 @@ def test_adding_or_loading_an_adapter_leaves_the_gradients_of_others_on(stacked,
 def test_targets_that_fit_no_layer_are_refused(trunk):
     with pytest.raises(AlignError, match=r"sft\.lora\.targets: \('c_attn',\) fits no layer of this model"):
         trunk.add_adapter("sft", Lora(targets=("c_attn",)), seed=0)
+
+
+def test_activations_are_computed_again_in_the_backward_pass_also_after_an_adapter_is_added(stacked):
+    """PPO adds the reward model's and the value's adapters after the policy's is ready to be trained."""
+    calls = []
+    stacked.decoder.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+
+    def calls_of_a_step():
+        calls.clear()
+        with stacked.switched_to(Role(("sft", "ppo"))):
+            forward(stacked, Role(("sft", "ppo")), ROW).logprobs.sum().backward()
+        return len(calls)
+
+    assert calls_of_a_step() == 1
+    stacked.checkpoint_activations()
+    assert calls_of_a_step() == 2
+    stacked.add_adapter("later", Lora(rank=2), seed=9)
+    assert calls_of_a_step() == 2
 
 
 # Our LoRA forward ----------------------------------------------------------------------------------------------------

@@ -368,7 +368,7 @@ TOY = {
     "completions_per_prompt": 8,
     "max_new_tokens": 8,
     "row_tokens": 1024,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "value_learning_rate": 1e-2,
     "missing_eos_score": None,
 }
