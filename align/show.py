@@ -167,9 +167,13 @@ def _show_samples(path: Path, count: int) -> None:
         shown = dict.fromkeys([names[0], names[-1]])
         for _ in shown:
             grid.add_column(ratio=1)
-        grid.add_row(*(f"[bold]{name}[/] (score {row['answers'][name][0]['score']:+.2f})" for name in shown))
+        grid.add_row(*(f"[bold]{name}[/] ({_score(row['answers'][name][0]['score'])})" for name in shown))
         grid.add_row(*(escape(_printable(row["answers"][name][0]["text"])) for name in shown))
         console.print(Panel(grid, title=escape(_printable(row["prompt"][-1]["content"])[:110]), title_align="left"))
+
+
+def _score(score: float | None) -> str:
+    return "cut off, not scored" if score is None else f"score {score:+.2f}"
 
 
 def _printable(text: str) -> str:

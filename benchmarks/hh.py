@@ -30,7 +30,7 @@ def turns(transcript: str) -> list[dict]:
 def convert() -> dict[str, int]:
     """Write the pairs as align's own rows and count those that cannot be one."""
     rows, counts = [], {"pairs": 0, "part before the last turn": 0, "empty or same reply": 0, "turns out of order": 0}
-    for line in gzip.open(SOURCE, "rt", encoding="utf-8"):
+    for line in gzip.decompress(SOURCE.read_bytes()).decode().splitlines():
         pair = {side: turns(text) for side, text in json.loads(line).items()}
         (*prompt, chosen), (*other, rejected) = pair["chosen"], pair["rejected"]
         if prompt != other or chosen["role"] != "assistant" or rejected["role"] != "assistant":

@@ -208,8 +208,8 @@ def make_trainee(chat, lora=None, head=False, name="stage"):
 
 @pytest.fixture(scope="session")
 def small_run(tiny_base, data, tmp_path_factory):
-    """The folder of `small_recipe`, run once in float32."""
-    return small_recipe(tiny_base, data, dtype="float32").run(tmp_path_factory.mktemp("small") / "run")
+    """The folder of `small_recipe`, run once in this process."""
+    return small_recipe(tiny_base, data).run(tmp_path_factory.mktemp("small") / "run")
 
 
 @pytest.fixture(scope="session")

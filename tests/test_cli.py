@@ -1,4 +1,3 @@
-import contextlib
 import functools
 import json
 import os
@@ -70,12 +69,6 @@ def test_the_help_of_a_recipe_lists_every_setting_of_every_stage(script, tmp_pat
         assert f"  {file}  (now " in ended.out
 
 
-def test_the_help_of_a_recipe_shows_the_settings_it_was_declared_with(script, tmp_path):
-    ended = align("run", script, "--help", folder=tmp_path)
-    assert "sft.lora.rank=4 " in ended.out
-    assert "ppo.iterations=3 " in ended.out
-
-
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["run"], ["chat"], ["show"], ["chat", "a", "--temperature", "hot"]])
 def test_a_command_line_that_is_no_command_shows_the_usage(arguments, tmp_path):
     assert "usage: align" in refused(*arguments, folder=tmp_path)
@@ -102,16 +95,25 @@ MISTAKES = {
     "base without weights": (["--set", "recipe.base={data}"], "the folder holds no config.json or no .safetensors"),
     "missing gguf": (["--set", "recipe.base=x.gguf"], "base 'x.gguf': there is no such file."),
     "unknown option": (["--resume"], "unrecognized arguments: --resume"),
+    "no adapter for ppo": (["--set", "ppo.lora=none"], "ppo.lora: PPO trains an adapter"),
     "output is a file": (["--out", "{data}/chat.jsonl"], "chat.jsonl"),
     "output below a file": (["--out", "{data}/chat.jsonl/run"], "chat.jsonl"),
-    "no adapter for ppo": (["--set", "ppo.lora=none"], "ppo.lora: PPO trains an adapter"),
-    "a tracker that is not installed": (["--set", "recipe.tracker=mlflow"], "the package 'mlflow' is not installed. Install it: pip install mlflow"),
+    "a tracker that is not installed": (
+        ["--set", "recipe.tracker=mlflow"],
+        "the package 'mlflow' is not installed. Install it: pip install mlflow",
+    ),
     "layers that are not there": (["--set", "sft.lora.targets=nothing"], "sft.lora.targets: 'nothing' fits no layer of this model."),
-    "nothing left to train on": (["--set", "sft.max_length=8"], "chat.jsonl: no row is left to train on (12 over sft.max_length, 0 held out)."),
-    "too long is an error": (["--set", "sft.max_length=8", "--set", "sft.on_overlong=error"], "chat.jsonl:1: over sft.max_length of 8 tokens"),
+    "nothing left to train on": (
+        ["--set", "sft.max_length=8"],
+        "no row is left to train on (12 over sft.max_length, 0 held out).",
+    ),
+    "too long is an error": (
+        ["--set", "sft.max_length=8", "--set", "sft.on_overlong=error"],
+        "chat.jsonl:1: over sft.max_length of 8",
+    ),
     "no prompt is short enough": (["--set", "ppo.max_prompt_tokens=1"], "every prompt is over ppo.max_prompt_tokens (1)."),
 }
-BEFORE_ANYTHING_IS_MADE = list(MISTAKES)[: list(MISTAKES).index("no adapter for ppo") + 1]
+BEFORE_ANYTHING_IS_MADE = list(MISTAKES)[: list(MISTAKES).index("output below a file") + 1]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -163,7 +165,7 @@ def broken(base, what):
 @pytest.mark.parametrize("what", ["no tokenizer", "weights cut short", "no JSON", "unknown architecture", "no end of turn"])
 def test_a_base_that_cannot_be_loaded_is_a_message_that_names_it(script, tiny_base, tmp_path, what):
     base = broken(Path(shutil.copytree(tiny_base, tmp_path / "base")), what)
-    assert "base" in refused("run", script, "--set", f"recipe.base={base}", "--only", "sft", folder=tmp_path)
+    assert str(base) in refused("run", script, "--set", f"recipe.base={base}", "--only", "sft", folder=tmp_path)
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_a_message_that_names_it(script, tmp_path):
@@ -202,11 +204,6 @@ def test_a_missing_script_is_a_message(tmp_path):
     assert refused("run", "nothing.py", folder=tmp_path) == "error: align run: there is no script 'nothing.py'.\n"
 
 
-def test_a_script_that_never_runs_its_recipe_is_a_message(tmp_path):
-    (tmp_path / "forgot.py").write_text("from align import Recipe\nrecipe = Recipe('a', base='embedded')\n")
-    assert "recipe.main()" in refused("run", "forgot.py", folder=tmp_path)
-
-
 def test_a_script_is_run_as_python_would_run_it(script, tmp_path):
     (tmp_path / "helper.py").write_text("NAME = 'of a helper beside it'\n")
     (tmp_path / "own.py").write_text("import sys\nfrom helper import NAME\nprint(NAME, __name__, sys.argv)\n")
@@ -217,17 +214,33 @@ def test_a_script_is_run_as_python_would_run_it(script, tmp_path):
 # Training that goes wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_checkpoint(script, data, tmp_path):
-    arguments = ["--set", "sft.learning_rate=1", "--set", "sft.lora.alpha=1e30", "--set", "sft.decay=constant", "--set", "sft.warmup=0"]
-    message = refused("run", script, "--out", "run", "--only", "sft", *arguments, folder=tmp_path)
-    assert message.startswith("error: training stopped: the ")
-    assert "expected a finite number. It came from " in message
+@pytest.fixture(scope="module")
+def not_finite(script, tmp_path_factory):
+    """What sft says when its numbers overflow, and the folder of the run."""
+    folder = tmp_path_factory.mktemp("not_finite")
+    settings = ("learning_rate=1", "lora.alpha=1e30", "decay=constant", "warmup=0")
+    overrides = [argument for setting in settings for argument in ("--set", f"sft.{setting}")]
+    return refused("run", script, "--out", "run", "--only", "sft", *overrides, folder=folder), folder / "run"
+
+
+def test_numbers_that_are_not_finite_stop_training_with_the_rows_they_came_from(not_finite, data):
+    message, _ = not_finite
+    assert message.startswith("error: ")
+    assert "; expected a finite number. It came from " in message
     assert f"{data / 'chat.jsonl'}:" in message
     assert "The last checkpoint is kept" in message
-    assert "--set sft.learning_rate=" in message
-    (work,) = (tmp_path / "run" / ".partial").iterdir()
+
+
+def test_training_that_was_stopped_keeps_its_checkpoint_and_makes_no_artifact(not_finite):
+    _, run = not_finite
+    (work,) = (run / ".partial").iterdir()
     assert (work / "checkpoint.safetensors").is_file()
-    assert not (tmp_path / "run" / "sft").exists()
+    assert not (run / "sft").exists()
+
+
+def test_training_that_was_stopped_names_the_setting_to_lower(not_finite):
+    message, _ = not_finite
+    assert "--set sft.learning_rate=" in message
 
 
 def test_ppo_that_is_not_finite_stops_with_the_round(script, finished_copy, tmp_path):
@@ -345,12 +358,11 @@ def test_nothing_to_say_is_no_mistake(finished, tmp_path):
     [
         (["{run}/reward"], "is a reward model; expected a policy, such as {run}/sft."),
         (["{run}/sft", "--against", "{run}/reward"], "is a reward model; expected a policy, such as {run}/sft."),
-        (["{run}/evaluate"], "is a evaluation; expected a policy".replace("a evaluation", "an evaluation")),
+        (["{run}/evaluate"], "is an evaluation; expected a policy, such as {run}/sft."),
         (["nothing"], "nothing: not a run's folder (no run.json)."),
         (["{run}/sft", "--temperature", "-1"], "--temperature must be at least 0"),
         (["{run}/sft", "--temperature", "nan"], "--temperature must be at least 0"),
         (["{run}/sft", "--max-new-tokens", "0"], "--max-new-tokens at least 1"),
-        (["{run}/sft", "--system", "be <|end|>"], "control token <|end|>"),
     ],
 )
 def test_what_cannot_be_talked_to_is_refused(finished, tmp_path, arguments, expected):
@@ -363,13 +375,10 @@ def test_chat_refuses_a_run_without_a_policy_and_says_where_to_look(script, tmp_
     assert refused("chat", "run", folder=tmp_path) == "error: run: no finished policy in this run yet. See: align show run\n"
 
 
-def test_a_reader_that_leaves_early_is_no_mistake(finished):
-    with contextlib.ExitStack() as stack:
-        process = subprocess.Popen([COMMAND, "show", finished], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        stack.callback(process.wait)
+def test_a_reader_that_leaves_early_sees_no_error(finished):
+    with subprocess.Popen([COMMAND, "show", finished], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 0
 
 
 def test_rows_of_a_file_given_on_the_command_line_are_used(script, finished, tmp_path):

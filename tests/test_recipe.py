@@ -54,7 +54,10 @@ def test_what_is_no_policy_is_refused_as_one_when_it_is_declared(recipe, handles
 def test_what_is_no_reward_model_is_refused_as_one(recipe, handles, wrong):
     for stage, rest in (("ppo", {"policy": handles["sft"]}), ("evaluate", {"policies": [handles["sft"]]})):
         message = message_of(getattr(recipe, stage), reward_model=handles[wrong], prompts="a", name="next", **rest)
-        assert f"next: reward_model is a {type(handles[wrong]).__name__} (stage {wrong!r}); expected a RewardModel, from recipe.reward" in message
+        assert (
+            f"next: reward_model is a {type(handles[wrong]).__name__} (stage {wrong!r}); expected a RewardModel, from recipe.reward"
+            in message
+        )
 
 
 @pytest.mark.parametrize("wrong", ["runs/a/sft", None, 3, Policy])
@@ -63,7 +66,9 @@ def test_what_is_no_handle_is_shown(recipe, wrong):
 
 
 def test_a_policy_among_several_is_named_by_its_place(recipe, handles):
-    message = message_of(recipe.evaluate, policies=[handles["sft"], handles["reward"]], reward_model=handles["reward"], prompts="a", name="e")
+    message = message_of(
+        recipe.evaluate, policies=[handles["sft"], handles["reward"]], reward_model=handles["reward"], prompts="a", name="e"
+    )
     assert message.startswith("e: policies.1 is a RewardModel (stage 'reward')")
 
 

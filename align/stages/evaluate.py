@@ -31,7 +31,7 @@ class Answers:
     examples: list[Example]
     completions: list[list[Completion]]
     texts: list[list[str]]
-    scores: list[list[float]]
+    scores: list[list[float | None]]  # unknown for a completion that was cut: the reward model judges whole ones
     kl: list[list[float]] | None  # to the first policy; unknown where that stands on other weights
 
 
@@ -57,9 +57,9 @@ def run(job: Job) -> Result:
         if root == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
         if root == root_identity(job.base, reward):
-            answer.scores = _scores(trunk, load_role(trunk, reward), answer.examples, settings)
+            answer.scores = _scores(trunk, load_role(trunk, reward), answer, settings)
         answers.append(answer)
-        meter.step(number + 1, {"score": fmean(sum(answer.scores, []))} if answer.scores else {}, len(rows))
+        meter.step(number + 1, {}, len(rows))
     meter.close()
     unscored = [answer for answer in answers if not answer.scores]
     if unscored:
@@ -93,13 +93,15 @@ def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt]
 
 
 @torch.no_grad()
-def _scores(trunk: Trunk, reward: Role, examples: list[Example], settings: EvaluateSettings) -> list[list[float]]:
-    """The reward model's score of each completion."""
+def _scores(trunk: Trunk, reward: Role, answer: Answers, settings: EvaluateSettings) -> list[list[float | None]]:
+    """The reward model's score of each completion that ended its turn."""
     found: dict[int, list[float]] = {}
-    for row in pack(examples, settings.row_tokens):
-        scores = forward_head(trunk, reward, row).scores
-        found |= _by_example(row, scores)
-    return [found[example.index] for example in examples]
+    for row in pack(answer.examples, settings.row_tokens):
+        found |= _by_example(row, forward_head(trunk, reward, row).scores)
+    return [
+        [score if completion.ended else None for score, completion in zip(found[example.index], completions, strict=True)]
+        for example, completions in zip(answer.examples, answer.completions, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -128,27 +130,39 @@ def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: E
             raise AlignError(
                 f"{job.name}: policy {answer.name!r} and reward model {reward.name!r} have different tokenizers; expected the same."
             )
-        answer.scores = _scores(trunk, role, answer.examples, settings)
+        answer.scores = _scores(trunk, role, answer, settings)
 
 
 def compare(answer: Answers, first: Answers) -> dict[str, Any]:
-    """A policy's line of the table: means with 95 percent intervals, and the difference to the first policy, paired by prompt."""
-    scores = [fmean(of_prompt) for of_prompt in answer.scores]
-    differences = [score - fmean(other) for score, other in zip(scores, first.scores, strict=True)]
+    """A policy's line of the table: means with 95 percent intervals, and the difference to the first policy, paired by prompt.
+
+    Scores are of completions that ended their turn; the share that did stands beside them.
+    """
+    means, first_means = _prompt_means(answer), _prompt_means(first)
+    scores = [mean for mean in means if mean is not None]
+    pairs = zip(means, first_means, strict=True)
+    differences = [] if answer is first else [mean - other for mean, other in pairs if mean is not None and other is not None]
     completions = [completion for of_prompt in answer.completions for completion in of_prompt]
     return {
         "name": answer.name,
         "identity": answer.identity,
-        "score": fmean(scores),
+        "scored": len(scores),
+        "score": fmean(scores) if scores else None,
         "score_interval": interval(scores),
-        "score_spread": pstdev(scores),
-        "difference": None if answer is first else fmean(differences),
-        "difference_interval": None if answer is first else interval(differences),
-        "better_share": None if answer is first else sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences),
+        "score_spread": pstdev(scores) if scores else None,
+        "difference": fmean(differences) if differences else None,
+        "difference_interval": interval(differences),
+        "better_share": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences) if differences else None,
         "kl": None if answer.kl is None else fmean(fmean(of_prompt) for of_prompt in answer.kl),
         "length": fmean(len(c.ids) for c in completions),
         "ended": sum(c.ended for c in completions) / len(completions),
     }
+
+
+def _prompt_means(answer: Answers) -> list[float | None]:
+    """The mean score of each prompt's completions; unknown where none of them ended."""
+    known = [[score for score in of_prompt if score is not None] for of_prompt in answer.scores]
+    return [fmean(scores) if scores else None for scores in known]
 
 
 def interval(numbers: list[float]) -> list[float] | None:

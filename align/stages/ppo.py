@@ -142,7 +142,7 @@ def _train(
         rows = [pack([completions[i][0] for i in batch], settings.row_tokens) for batch in batches]
         meter.phase("scoring")
         rollouts = score_rollouts(trainee, reward, value, completions, [row for batch in rows for row in batch], settings)
-        metrics = rollout_metrics(rollouts)
+        metrics = rollout_metrics(rollouts, settings)
         if iteration == 0:
             _check_sampler(metrics["sampler_mismatch"])
             checks["kl_at_start"] = float(max((r.old_logprobs - r.ref_logprobs).abs().max() for r in rollouts))
@@ -318,9 +318,9 @@ def _check_sampler(mismatch: float) -> None:
         )
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], settings: PPOSettings) -> dict[str, float]:
     """How a round's completions did: score, KL in nats per completion, length, ended share, how well values foresaw."""
-    scores = torch.cat([r.scores for r in rollouts])
+    scores = torch.cat([final_scores(r, settings.missing_eos_score) for r in rollouts])
     completions = [c for r in rollouts for c in r.completions]
     log_ratio = torch.cat([r.old_logprobs - r.ref_logprobs for r in rollouts])
     tokens = len(log_ratio)

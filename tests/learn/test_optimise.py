@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_rows(row_tokens,
     trainee.trunk.model.get_input_embeddings().weight.data[200] = float("inf")
     where = [f"chat.jsonl:{i}" for i in range(1, 9)]
     settings = SFTSettings(batch_size=8, row_tokens=row_tokens)
-    with pytest.raises(AlignError, match="training stopped: the loss is nan; expected a finite number") as error:
+    with pytest.raises(AlignError, match="training stopped: the loss is not a finite number") as error:
         train(Likelihood(trainee), trainee.parameters, examples, [], settings, tmp_path, Meter("t", tmp_path, ()), where)
     text = str(error.value)
     assert [name for name in where if f"{name}," in text or f"{name}." in text] == named
@@ -271,7 +271,7 @@ def test_a_gradient_that_is_not_finite_stops_training_and_keeps_the_last_checkpo
     trainee = make_trainee(chat)
     settings = SFTSettings(batch_size=8, row_tokens=100_000, save_every=1)
     where = [f"chat.jsonl:{i}" for i in range(1, 25)]
-    with pytest.raises(AlignError, match="gradient norm is (inf|nan)"):
+    with pytest.raises(AlignError, match="training stopped: the gradient norm is not a finite number"):
         train(Broken(trainee), trainee.parameters, conversations(24), [], settings, tmp_path, Meter("t", tmp_path, ()), where)
     fresh = make_trainee(chat)
     step, _ = load_checkpoint(tmp_path, fresh.parameters, make_optimizer([list(fresh.parameters.values())], 0.0))
