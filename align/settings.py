@@ -78,6 +78,7 @@ class SFTSettings(Training):
     """Supervised fine-tuning: maximum likelihood of the assistant's turns."""
 
     learning_rate: float = Field(3e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    batch_size: int = Field(8, ge=1, description="Conversations in one optimizer step.")
     epochs: float = Field(2.0, gt=0, le=1000, description="Passes over the training conversations.")
     train_on: Literal["all", "last"] = Field("all", description="Learn every turn of the assistant, or its last one.")
 
@@ -107,21 +108,27 @@ class DPOSettings(Training):
 class PPOSettings(Optimiser):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the reference."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
-    value_learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
-    iterations: int = Field(16, ge=1, description="Rounds of sampling and updating.")
-    prompts_per_iteration: int = Field(16, ge=1, description="Prompts sampled in one round.")
-    completions_per_prompt: int = Field(2, ge=1, description="Completions of each prompt; its tokens are computed once.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
+    value_learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
+    iterations: int = Field(12, ge=1, description="Rounds of sampling and updating.")
+    prompts_per_iteration: int = Field(12, ge=1, description="Prompts sampled in one round.")
+    completions_per_prompt: int = Field(4, ge=1, description="Completions of each prompt; its tokens are computed once.")
     max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are left out, and counted.")
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; every log-probability uses it too.")
     epochs: int = Field(2, ge=1, description="Passes over a round's rollouts.")
     minibatches: int = Field(2, ge=1, description="Optimizer steps in each of those passes.")
     clip_range: float = Field(0.2, gt=0, description="How far the ratio may move from 1 before it stops earning.")
-    value_clip: float = Field(0.2, gt=0, description="How far a value may move from its rollout's in one round.")
+    value_clip: float = Field(0.5, gt=0, description="How far a value may move from its rollout's in one round.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation (1506.02438).")
+    gae_lambda: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Lambda of generalised advantage estimation (1506.02438). Below 1 the policy learns from the value's own errors, "
+        "and a value that has just left the reward model errs in the middle of a sentence.",
+    )
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty to the reference in each token's reward.")
     missing_eos_score: float | None = Field(
         -1.0, description="Score of a completion that never ends its turn, in place of the reward model's; none keeps it."
