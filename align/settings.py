@@ -108,7 +108,7 @@ class DPOSettings(Training):
 class PPOSettings(Optimiser):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the reference."""
 
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
+    learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
     value_learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
     iterations: int = Field(12, ge=1, description="Rounds of sampling and updating.")
     prompts_per_iteration: int = Field(12, ge=1, description="Prompts sampled in one round.")
@@ -117,7 +117,7 @@ class PPOSettings(Optimiser):
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are left out, and counted.")
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; every log-probability uses it too.")
     epochs: int = Field(2, ge=1, description="Passes over a round's rollouts.")
-    minibatches: int = Field(2, ge=1, description="Optimizer steps in each of those passes.")
+    minibatches: int = Field(3, ge=1, description="Optimizer steps in each of those passes.")
     clip_range: float = Field(0.2, gt=0, description="How far the ratio may move from 1 before it stops earning.")
     value_clip: float = Field(0.5, gt=0, description="How far a value may move from its rollout's in one round.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")

@@ -218,7 +218,7 @@ def test_a_script_is_run_as_python_would_run_it(script, tmp_path):
 def not_finite(script, tmp_path_factory):
     """What sft says when its numbers overflow, and the folder of the run."""
     folder = tmp_path_factory.mktemp("not_finite")
-    settings = ("learning_rate=1", "lora.alpha=1e30", "decay=constant", "warmup=0")
+    settings = ("learning_rate=1", "lora.alpha=1e19", "decay=constant", "warmup=0")  # two steps are finite, the third is not
     overrides = [argument for setting in settings for argument in ("--set", f"sft.{setting}")]
     return refused("run", script, "--out", "run", "--only", "sft", *overrides, folder=folder), folder / "run"
 
@@ -226,7 +226,8 @@ def not_finite(script, tmp_path_factory):
 def test_numbers_that_are_not_finite_stop_training_with_the_rows_they_came_from(not_finite, data):
     message, _ = not_finite
     assert message.startswith("error: ")
-    assert "; expected a finite number. It came from " in message
+    assert "finite number" in message
+    assert "It came from " in message
     assert f"{data / 'chat.jsonl'}:" in message
     assert "The last checkpoint is kept" in message
 
@@ -243,11 +244,13 @@ def test_training_that_was_stopped_names_the_setting_to_lower(not_finite):
     assert "--set sft.learning_rate=" in message
 
 
-def test_ppo_that_is_not_finite_stops_with_the_round(script, finished_copy, tmp_path):
-    arguments = ["--set", "ppo.learning_rate=1", "--set", "ppo.lora.alpha=1e30", "--set", "ppo.warmup=0"]
+@pytest.mark.parametrize("alpha", ["1e18", "1e30"], ids=["the loss overflows", "the gradient overflows"])
+def test_ppo_that_is_not_finite_stops(script, finished_copy, tmp_path, alpha):
+    arguments = ["--set", "ppo.learning_rate=1", "--set", f"ppo.lora.alpha={alpha}", "--set", "ppo.warmup=0"]
     message = refused("run", script, "--out", finished_copy, "--only", "ppo", *arguments, folder=tmp_path)
     assert message.startswith("error: ppo: ")
-    assert "The last checkpoint is kept" in message
+    assert "finite" in message
+    assert not list(finished_copy.glob("archive/ppo-*"))
 
 
 # Showing ----------------------------------------------------------------------------------------------------------------------
@@ -297,15 +300,13 @@ def test_show_refuses_a_damaged_stage(finished_copy, tmp_path):
     assert f"{finished_copy / 'dpo'}: damaged" in refused("show", finished_copy, folder=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["[red]", "[/red]"])
+@pytest.mark.parametrize("name", ["run [red]", "run [/red]"])
 def test_a_folder_may_have_any_name(script, finished, tmp_path, name):
-    run = Path(shutil.copytree(finished, tmp_path / f"run {name}"))
-    ended = align("show", run.name, folder=tmp_path)
-    assert ended.code == 0, ended.err
-    assert run.name in ended.out
-    ended = align("run", script, "--plan", "--out", run.name, folder=tmp_path)
-    assert ended.code == 0, ended.err
-    assert run.name in ended.out
+    shutil.copytree(finished, tmp_path / name)
+    for arguments in (["show", name], ["run", script, "--plan", "--out", name]):
+        ended = align(*arguments, folder=tmp_path)
+        assert ended.code == 0, ended.err
+        assert name in ended.out
 
 
 # Talking ----------------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ STAGES = ("sft", "reward", "dpo", "ppo", "evaluate")
 KEPT = {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "probes.json", "results.json", "samples.jsonl"}
 
 
-def contents(run):
-    """The hash of every file of a run that has no seconds in it: weights, probes, samples, results."""
-    files = [path for path in sorted(run.glob("*/**/*")) if path.name in KEPT and path.relative_to(run).parts[0] in STAGES]
-    return {path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def contents(folder):
+    """The hash of every file of a run or stage that has no seconds in it: weights, probes, samples, results."""
+    files = [path for path in sorted(folder.rglob("*")) if path.name in KEPT and "archive" not in path.relative_to(folder).parts]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def facts_of(run):
@@ -107,13 +107,15 @@ def test_the_sampler_is_the_policy_it_samples_for(finished):
 
 
 def test_policies_are_compared_with_the_first(finished):
-    rows = facts_of(finished)["evaluate"]["metrics"]["policies"]
+    metrics = facts_of(finished)["evaluate"]["metrics"]
+    rows = metrics["policies"]
     assert [row["name"] for row in rows] == ["base", "sft", "dpo", "ppo"]
-    assert rows[0]["kl"] == 0
-    assert rows[0]["difference"] is None
-    for row in rows[1:]:
-        assert row["difference"] == pytest.approx(row["score"] - rows[0]["score"], abs=1e-5)
-        assert 0 <= row["better_share"] <= 1
+    assert (rows[0]["kl"], rows[0]["difference"]) == (0, None)
+    for row in rows:
+        assert 0 <= row["scored"] <= metrics["prompts"]
+        assert (row["score"] is None) == (row["scored"] == 0)
+        assert 0 < row["length"] <= 6
+        assert 0 <= row["ended"] <= 1
 
 
 def test_nothing_half_made_is_left(finished):
@@ -343,20 +345,30 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_started_again_makes_the_same_bytes(finished, script, tmp_path, moment):
+def test_a_killed_stage_started_again_makes_the_same_bytes(finished, script, tmp_path, moment):
     stage, resumed_from, before = MOMENTS[moment]
-    run = tmp_path / "run"
-    ended = align("run", script, "--out", run, folder=tmp_path, before=before)
-    assert ended.code == -signal.SIGKILL
-    assert set(facts_of(run)) == set(STAGES[: STAGES.index(stage)])
+    run, done = tmp_path / "run", STAGES[: STAGES.index(stage)]
+    for name in done:
+        shutil.copytree(finished / name, run / name)
+    command = ("run", script, "--out", run, "--only", stage)
+    assert align(*command, folder=tmp_path, before=before).code == -signal.SIGKILL
+    assert set(facts_of(run)) == set(done)
     assert [path.name.partition("-")[0] for path in (run / ".partial").iterdir()] == [stage]
-    ended = align("run", script, "--out", run, folder=tmp_path)
+    ended = align(*command, folder=tmp_path)
     assert ended.code == 0, ended.err
     assert (f"{stage}: going on from step {resumed_from} of" in ended.out) == (resumed_from is not None)
-    assert contents(run) == contents(finished)
-    assert all(steps_of(run / name) == steps_of(finished / name) for name in STAGES)
-    assert all(Artifact.open(run / name, verify=True).identity == facts_of(finished)[name]["identity"] for name in STAGES)
+    assert contents(run / stage) == contents(finished / stage) != {}
+    assert steps_of(run / stage) == steps_of(finished / stage)
+    assert Artifact.open(run / stage, verify=True).identity == facts_of(finished)[stage]["identity"]
     assert not (run / ".partial").exists()
+
+
+def test_a_killed_run_started_again_makes_the_same_bytes_to_the_end(finished, script, tmp_path):
+    run = tmp_path / "run"
+    before = functools.partial(kill_at_step, "reward", 2)
+    assert align("run", script, "--out", run, folder=tmp_path, before=before).code == -signal.SIGKILL
+    assert align("run", script, "--out", run, folder=tmp_path).code == 0
+    assert contents(run) == contents(finished)
 
 
 def test_a_run_killed_twice_makes_the_same_bytes(finished, script, tmp_path):

@@ -271,9 +271,7 @@ def test_who_shares_a_row_and_in_which_order_changes_nothing(kind, changes):
             sizes = [e.tokens - len(e.prompt) for e in row.examples]
             counts = [len(e.completions) for e in row.examples]
             heads = forward_head(trunk, HEAD_ROLE, row)
-            parts = zip(
-                forward(trunk, ROLE, row).logprobs.split(sizes), heads.values.split(sizes), heads.scores.split(counts), strict=True
-            )
+            parts = zip(forward(trunk, ROLE, row).logprobs.split(sizes), heads.values.split(sizes), heads.scores.split(counts), strict=True)
             found |= {e.index: torch.cat(part) for e, part in zip(row.examples, parts, strict=True)}
         return [found[index] for index in range(len(examples))]
 

@@ -6,6 +6,7 @@ from conftest import make_model
 from transformers import GenerationConfig
 
 from align.model.generate import sample
+from align.model.load import Sampler
 from align.model.trunk import Role, Trunk
 from align.settings import Lora
 
@@ -69,7 +70,9 @@ def test_temperature_0_is_transformers_greedy_search(kind, changes):
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(STOPS), pad_token_id=0)
     sampled = sample(model, PROMPTS, 2, 12, 0.0, STOPS, seed=0)
     for prompt, (first, second) in zip(PROMPTS, sampled, strict=True):
-        greedy = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), generation_config=config)
+        greedy = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), generation_config=config
+        )
         assert list(first.ids) == greedy[0, len(prompt) :].tolist()
         assert first.ids == second.ids
         torch.testing.assert_close(torch.tensor(first.logprobs), recomputed(model, prompt, first.ids, 1.0), atol=1e-5, rtol=1e-5)
@@ -136,3 +139,16 @@ def test_a_trunk_samples_from_the_role_it_is_switched_to():
         trunk.merge_into(copy, role)
         merged = sample(copy, PROMPTS, 2, 8, 1.0, STOPS, seed=0)
         assert [[c.ids for c in of_prompt] for of_prompt in merged] == [[c.ids for c in of_prompt] for of_prompt in through_adapters]
+
+
+def test_a_trunk_whose_activations_are_checkpointed_samples_the_same():
+    """A checkpointing layer would drop the cache, and every token would be drawn without what came before."""
+    completions = []
+    for checkpointed in (False, True):
+        trunk = Trunk(make_model())
+        trunk.add_adapter("sft", Lora(rank=3), seed=0)
+        if checkpointed:
+            trunk.checkpoint_activations()
+        sampled = Sampler(trunk, merged=False).sample(Role(("sft",)), PROMPTS, 2, 8, 1.0, STOPS, seed=0)
+        completions.append([[c.ids for c in of_prompt] for of_prompt in sampled])
+    assert completions[1] == completions[0]

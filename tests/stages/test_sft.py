@@ -29,7 +29,9 @@ def plain_nll(trainee, example):
         logprobs = torch.log_softmax(trainee.trunk.model(ids, use_cache=False).logits[0], -1)
     trained = example.trained[0] if example.trained else [True] * len(example.completions[0])
     at = len(example.prompt)
-    return -sum(float(logprobs[at + i - 1, token]) for i, (token, counts) in enumerate(zip(example.completions[0], trained, strict=True)) if counts)
+    return -sum(
+        float(logprobs[at + i - 1, token]) for i, (token, counts) in enumerate(zip(example.completions[0], trained, strict=True)) if counts
+    )
 
 
 def test_the_loss_is_the_mean_over_trained_tokens_of_the_whole_step(chat):
@@ -144,7 +146,9 @@ def test_training_learns(chat, tmp_path):
     from align.settings import SFTSettings
 
     trainee = make_trainee(chat)
-    examples = [chat.conversation(i, messages(("user", f"say {c}"), ("assistant", c))) for i, c in enumerate(["red", "blue", "grey", "pink"])]
+    examples = [
+        chat.conversation(i, messages(("user", f"say {c}"), ("assistant", c))) for i, c in enumerate(["red", "blue", "grey", "pink"])
+    ]
     before = evaluate(Likelihood(trainee), examples, 1024)["heldout_loss"]
     settings = SFTSettings(batch_size=4, epochs=40.0, learning_rate=1e-2)
     train(Likelihood(trainee), trainee.parameters, examples, [], settings, tmp_path, Meter("sft", tmp_path, ()), ["x"] * 4)
