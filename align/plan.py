@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
         if only and name not in only:
             plans[name].state = "done" if plans[name].state == "done" else "skip"
     for name in only:
-        needed = [h.name for h in recipe.stages[name].inputs.values() if h.name in plans and h.name not in only]
+        needed = [h.name for h in recipe.stages[name].inputs.values() if h.recipe is not None and h.name not in only]
         missing = [n for n in needed if plans[n].state != "done"]
         if missing:
             raise AlignError(f"--only {name}: needs {', '.join(missing)}, which is not done in {run}. Run without --only first, or add it.")
@@ -85,6 +85,10 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
 def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
     files = {role: data_file(path, f"{stage.name}.{role}") for role, (path, _) in stage.files.items()}
     data = {role: _look_at(path, stage.files[role][1]) for role, path in files.items()}
+    if stage.kind == "reward" and "demonstrations" not in files:
+        below = plans.get(stage.inputs["policy"].name) if stage.inputs["policy"].recipe else None
+        if below and "data" in below.files:  # scores are centred on what the policy below was shown
+            files["demonstrations"], data["demonstrations"] = below.files["data"], below.data["data"]
     parents: dict[str, dict[str, Any] | None] = {}
     for role, handle in stage.inputs.items():
         if handle is BASE:
@@ -111,7 +115,7 @@ def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: d
     )
     work = run / PARTIAL / f"{stage.name}-{identity[:12]}"
     planned = Planned(stage, identity, base, files, data, parents, run / stage.name, work)
-    _find_state(planned, run, plans, again)
+    _find_state(planned, run, dtype, again)
     return planned
 
 
@@ -121,7 +125,7 @@ def _look_at(path: Path, kind: type[Row]) -> dict[str, Any]:
     return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows), "bytes": path.stat().st_size}
 
 
-def _find_state(planned: Planned, run: Path, plans: dict[str, Planned], again: bool) -> None:
+def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> None:
     name, identity = planned.stage.name, planned.identity
     if (planned.final / FACTS).is_file():
         planned.former = Artifact.open(planned.final)
@@ -135,12 +139,12 @@ def _find_state(planned: Planned, run: Path, plans: dict[str, Planned], again: b
     elif (planned.work / CHECKPOINT).is_file():
         planned.state, planned.reason = "resume", "stopped before; goes on from its last checkpoint"
     elif planned.former:
-        planned.reason = _difference(planned, plans)
+        planned.reason = _difference(planned, dtype)
     else:
         planned.reason = "not made yet"
 
 
-def _difference(planned: Planned, plans: dict[str, Planned]) -> str:
+def _difference(planned: Planned, dtype: str | None) -> str:
     """Why a stage that was made once must be made again."""
     assert planned.former is not None
     facts, now = planned.former.facts, planned.stage.settings.model_dump(mode="json")
@@ -152,4 +156,6 @@ def _difference(planned: Planned, plans: dict[str, Planned]) -> str:
             changes.append(f"{role} {parent['name'] if parent else 'base'}")
     if facts["base"]["identity"] != planned.base.identity:
         changes.append("the base model")
+    if facts.get("dtype") != dtype:
+        changes.append(f"recipe.dtype {facts.get('dtype')} -> {dtype}")
     return "changed: " + ", ".join(changes or ["this version of align makes it differently"])

@@ -16,6 +16,7 @@ from align.records import Conversation, Preference, Prompt, Row
 from align.settings import DPOSettings, EvaluateSettings, PPOSettings, RewardSettings, Settings, SFTSettings
 
 DTYPES = ("bfloat16", "float32")
+RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -25,6 +26,7 @@ class Handle:
 
     name: str
     artifact: Artifact | None = None
+    recipe: Recipe | None = None  # that declared it; none for the base and for an artifact from elsewhere
 
 
 class Policy(Handle):
@@ -77,6 +79,7 @@ class Recipe:
         self.name, self.base_model, self.revision, self.seed, self.tracker = name, base, revision, seed, tracker
         self.dtype = dtype
         self.stages: dict[str, Stage] = {}
+        self._own_seed: set[str] = set()  # stages that were given one
 
     @property
     def base(self) -> Policy:
@@ -103,9 +106,6 @@ class Recipe:
 
         Its scores are centred on `demonstrations` (conversations), by default the data of the SFT stage it stands on.
         """
-        if demonstrations is None and policy.name in self.stages:
-            declared = self.stages[policy.name].files.get("data")
-            demonstrations = declared[0] if declared else None
         files: dict[str, tuple[Any, type[Row]]] = {"preferences": (preferences, Preference)}
         if demonstrations is not None:
             files["demonstrations"] = (demonstrations, Conversation)
@@ -139,8 +139,9 @@ class Recipe:
         **settings: Any,
     ) -> Evaluation:
         """Sample policies on the same prompts and compare them with the first: score, length, KL, end-of-turn rate."""
-        if not policies:
-            raise AlignError(f"{name}: 'policies' is empty; give at least one policy.")
+        if isinstance(policies, Handle) or not policies:
+            found = "empty" if not isinstance(policies, Handle) else f"a single {type(policies).__name__}"
+            raise AlignError(f"{name}: 'policies' is {found}; give a list of at least one policy, such as policies=[sft, ppo].")
         inputs: dict[str, tuple[Any, type[Handle]]] = {f"policies.{i}": (policy, Policy) for i, policy in enumerate(policies)}
         inputs["reward_model"] = (reward_model, RewardModel)
         return self._declare(name, "evaluate", Evaluation, EvaluateSettings, inputs, {"prompts": (prompts, Prompt)}, settings)
@@ -163,20 +164,22 @@ class Recipe:
         files: Mapping[str, tuple[Any, type[Row]]],
         settings: dict[str, Any],
     ) -> Any:
-        if name in self.stages or name == "base" or not name.replace("_", "").replace("-", "").isalnum():
-            taken = "is taken" if name in self.stages or name == "base" else "may hold letters, digits, '-' and '_' only"
+        if name in self.stages or name in RESERVED or not name.replace("_", "").replace("-", "").isalnum():
+            taken = "is taken" if name in self.stages or name in RESERVED else "may hold letters, digits, '-' and '_' only"
             raise AlignError(f"{kind}: the stage name {name!r} {taken}. Give it another, such as name={f'{kind}2'!r}.")
         for role, (handle, wanted) in inputs.items():
             if not isinstance(handle, wanted):
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
                 raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
-            if handle.artifact is None and handle is not BASE and handle.name not in self.stages:
+            if handle.artifact is None and handle is not BASE and handle.recipe is not self:
                 raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
         checked = build(settings_kind, {"seed": self.seed, **settings}, name)
+        if "seed" in settings:
+            self._own_seed.add(name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
         paths = {role: (os.fspath(path), row) for role, (path, row) in files.items()}
         self.stages[name] = Stage(name, kind, makes, checked, handles, paths)
-        return makes(name)
+        return makes(name, recipe=self)
 
     # Overrides --------------------------------------------------------------------------------------------------------
 
@@ -194,24 +197,24 @@ class Recipe:
             raise AlignError(f"--set {text}: this recipe has no stage {name!r}. It has: {', '.join(self.stages)}, and recipe.")
         stage = self.stages[name]
         if rest[0] in stage.files and len(rest) == 1:
-            files = {**stage.files, rest[0]: (str(value), stage.files[rest[0]][1])}
+            files = {**stage.files, rest[0]: (text.partition("=")[2].strip(), stage.files[rest[0]][1])}
             self.stages[name] = replace(stage, files=files)
         else:
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))
         return None
 
     def _override_recipe(self, path: list[str], value: Any) -> None:
-        if path == ["base"]:
+        if path == ["base"] and value is not None:
             self.base_model = str(value)
         elif path == ["revision"]:
-            self.revision = str(value)
+            self.revision = None if value is None else str(value)
         elif path == ["tracker"] and (value is None or value in TRACKERS):
             self.tracker = value
         elif path == ["dtype"] and (value is None or value in DTYPES):
             self.dtype = value
         elif path == ["seed"] and isinstance(value, int) and value >= 0:
             for name, stage in self.stages.items():
-                if getattr(stage.settings, "seed", None) == self.seed:
+                if name not in self._own_seed:
                     self.stages[name] = replace(stage, settings=replace_in(stage.settings, ["seed"], value, name))
             self.seed = value
         else:

@@ -98,7 +98,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     (planned.work / CHECKPOINT).unlink(missing_ok=True)
-    facts = describe(planned, result, time.monotonic() - begun)
+    facts = describe(planned, recipe.dtype, result, time.monotonic() - begun)
     draw(stage.kind, planned.work / "metrics.jsonl", planned.work / "curves.png")
     publish(planned.work, planned.final, facts)
     with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ def _open_parent(planned: Planned, parent: dict[str, Any]) -> Artifact:
     return artifact
 
 
-def describe(planned: Planned, result: Result, seconds: float) -> dict[str, Any]:
+def describe(planned: Planned, dtype: str | None, result: Result, seconds: float) -> dict[str, Any]:
     """artifact.json without its list of files."""
     stage = planned.stage
     return {
@@ -128,6 +128,7 @@ def describe(planned: Planned, result: Result, seconds: float) -> dict[str, Any]
         "settings": stage.settings.model_dump(mode="json"),
         "parents": planned.parents,
         "base": vars(planned.base),
+        "dtype": dtype,
         "data": {role: {**look, **result.data.get(role, {})} for role, look in planned.data.items()},
         "model": result.model,
         "metrics": result.metrics,

@@ -108,6 +108,8 @@ class DPOSettings(Training):
 class PPOSettings(Optimiser):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the reference."""
 
+    lora: Lora = Field(Lora(), description="Adapter settings. PPO always trains an adapter, so that every role shares one base.")  # type: ignore[assignment]
+
     learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
     value_learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
     iterations: int = Field(12, ge=1, description="Rounds of sampling and updating.")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from align.errors import AlignError
+
 SEQUENCES = 48  # decoded side by side
 
 
@@ -113,6 +115,8 @@ def decode(
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A token for each row of logits, with its log-probability at that temperature."""
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if not torch.isfinite(logprobs).all(dim=-1).all():
+        raise AlignError("sampling stopped: the model's logits are not finite numbers; its training has diverged. Lower its learning rate.")
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
