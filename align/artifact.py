@@ -17,6 +17,7 @@ from align.errors import AlignError
 
 FORMAT = 1
 FACTS = "artifact.json"
+NEEDED = ("name", "kind", "identity", "parents", "base", "settings", "model", "metrics", "seconds")
 ARCHIVE = "archive"  # where a run keeps artifacts that a changed recipe has replaced
 
 
@@ -105,17 +106,20 @@ class Artifact:
             raise AlignError(f"{folder}: not an artifact (no {FACTS}). A finished stage's folder has one; see `align show RUN`.")
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            version, files = facts["format"], facts["files"]
-        except (ValueError, KeyError, TypeError) as error:
+            newer = facts["format"] > FORMAT
+            files = {name: (described["bytes"], described["sha256"]) for name, described in facts["files"].items()}
+            if not newer and (missing := [key for key in NEEDED if key not in facts]):
+                raise ValueError(f"no {', '.join(missing)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(folder, f"{FACTS} cannot be read ({error})") from None
-        if version > FORMAT:
-            raise AlignError(f"{folder}: made by a newer align (format {version}; this one reads up to {FORMAT}). Upgrade align.")
-        for name, wanted in files.items():
+        if newer:
+            raise AlignError(f"{folder}: made by a newer align (format {facts['format']}; this one reads up to {FORMAT}). Upgrade align.")
+        for name, (size, sha256) in files.items():
             file = folder / name
-            if not file.is_file() or file.stat().st_size != wanted["bytes"]:
+            if not file.is_file() or file.stat().st_size != size:
                 found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
-                raise _damaged(folder, f"{name}: found {found}, expected {wanted['bytes']} bytes")
-            if verify and hash_file(file) != wanted["sha256"]:
+                raise _damaged(folder, f"{name}: found {found}, expected {size} bytes")
+            if verify and hash_file(file) != sha256:
                 raise _damaged(folder, f"{name}: its content has changed since it was published")
         return cls(folder, facts)
 

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -131,6 +133,21 @@ def local_model(base: Base) -> str:
     return str(target)
 
 
+@contextmanager
+def loading_explained(source: str) -> Iterator[None]:
+    """Turn what a library raises for a base it cannot load into a message that names the base."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise AlignError(
+            f"base {source!r}: cannot be loaded ({type(error).__name__}: {what[:300]}). Expected a causal language model with config.json, "
+            "safetensors and a tokenizer, or a .gguf file of one; a hub id must be reachable or in the cache already."
+        ) from None
+
+
 def _convert_gguf(path: Path, target: Path) -> None:
     """Dequantise a GGUF file to bfloat16 safetensors beside its tokenizer. The folder appears whole or not at all."""
     if importlib.util.find_spec("gguf") is None:
@@ -141,7 +158,8 @@ def _convert_gguf(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        with loading_explained(str(path)):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         config = copy.deepcopy(model.config)
         del config.quantization_config  # the weights are plain now, but the loaded model still calls itself quantised
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

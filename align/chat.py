@@ -47,7 +47,7 @@ class Chat:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text = tokenizer.apply_chat_template(probe, tokenize=False)
         tail = tokenizer.encode(text[text.rindex("b") + 1 :], add_special_tokens=False)
-        special = [token for token in tail if token in tokenizer.all_special_ids]
+        special = [token for token in tail if token in _control_tokens(tokenizer)]
         if not special:
             raise AlignError("chat template: no special token follows the assistant's reply, so nothing would end a turn.")
         stop_ids = {special[0]} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
@@ -125,7 +125,7 @@ class Chat:
 
     def _render(self, messages: list[Message], opens_reply: bool = False) -> str:
         for message in messages:
-            if found := next((t for t in self.tokenizer.all_special_tokens if t in message.content), None):
+            if found := next((t for t in _control_tokens(self.tokenizer).values() if t in message.content), None):
                 raise UnfitMessages(f"its text contains the control token {found}")
         try:
             return self.tokenizer.apply_chat_template(
@@ -133,3 +133,9 @@ class Chat:
             )
         except TemplateError as error:
             raise UnfitMessages(f"the chat template refuses it: {error}") from None
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id and text of every special token, those without a role of their own included."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))

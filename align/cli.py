@@ -1,4 +1,4 @@
-"""The command line. `--help` imports neither torch nor pydantic."""
+"""The command line. `--help` imports no torch."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def _settings_help(recipe: Recipe) -> str:
     for stage in recipe.stages.values():
         lines += ["", f"{stage.name}: {(type(stage.settings).__doc__ or '').strip()}"]
         lines += [f"  {stage.name}.{role}=FILE  (now {path})" for role, (path, _) in stage.files.items()]
-        for name, default, kind, meaning in help_lines(type(stage.settings), stage.name):
+        for name, default, kind, meaning in help_lines(type(stage.settings), stage.name, stage.settings):
             lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
     return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.tracker: of the whole recipe"])

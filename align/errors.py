@@ -1,5 +1,7 @@
 """The one exception a user sees."""
 
+import sys
+
 
 class AlignError(Exception):
     """A mistake in what was asked for, or trouble with the surroundings (a full disk, a damaged file).
@@ -7,3 +9,14 @@ class AlignError(Exception):
     The message says where, what was found, what was expected and what to do. The command line prints it
     without a traceback and ends with exit code 2.
     """
+
+
+def _told_without_traceback(kind, error, traceback) -> None:
+    """What Python calls for an error nobody caught: a recipe script's mistake is told like the command line's."""
+    if issubclass(kind, AlignError):
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _told_without_traceback

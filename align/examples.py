@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from rich.markup import escape
+
 from align.chat import UnfitMessages
 from align.errors import AlignError
 from align.model.packing import Example
@@ -71,7 +73,7 @@ def _report_overlong(name: str, overlong: Sequence[int], where: Sequence[str], r
         )
     if overlong:
         first = ", ".join(where[i] for i in overlong[:3])
-        say(f"  [yellow]{name}: {len(overlong)} of {rows} rows are over {settings.max_length} tokens and left out[/] (first: {first})")
+        say(f"  [yellow]{name}: {len(overlong)} of {rows} rows over {settings.max_length} tokens are left out[/] (first: {escape(first)})")
 
 
 def is_heldout(key: str, share: float, seed: int) -> bool:

@@ -115,8 +115,11 @@ def parse_value(text: str) -> Any:
         return words[text.lower()]
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    except ValueError:
+        try:
+            return float(text)  # .5 and 5., which are not JSON
+        except ValueError:
+            return text
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -144,13 +147,14 @@ def replace_in(settings: Settings, path: list[str], value: Any, where: str) -> S
     return build(type(settings), {**values, path[0]: replace_in(inner, path[1:], value, f"{where}.{path[0]}")}, where)
 
 
-def help_lines(kind: type[Settings], prefix: str) -> list[tuple[str, str, str, str]]:
-    """(name, default, type and bounds, meaning) of each setting, nested ones with their full name."""
+def help_lines(kind: type[Settings], prefix: str, now: Settings | None = None) -> list[tuple[str, str, str, str]]:
+    """(name, value, type and bounds, meaning) of each setting, nested ones with their full name; the value is `now`'s or the default."""
     lines = []
     for name, field in kind.model_fields.items():
         nested = nested_settings(field)
-        default = "on" if nested else str(field.default).lower()
+        value = field.default if now is None else getattr(now, name)
+        default = ("none" if value is None else "on") if nested else str(value).lower()
         lines.append((f"{prefix}.{name}", default, describe_type(field), field.description or ""))
         if nested:
-            lines += help_lines(nested, f"{prefix}.{name}")
+            lines += help_lines(nested, f"{prefix}.{name}", value)
     return lines

@@ -33,6 +33,7 @@ class Planned:
     work: Path
     state: Literal["done", "archived", "resume", "run", "skip"] = "run"
     reason: str = ""
+    again: bool = False  # asked for by --from
     former: Artifact | None = field(default=None, repr=False)
 
     @property
@@ -131,7 +132,7 @@ def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> 
         planned.former = Artifact.open(planned.final)
     aside = run / ARCHIVE / f"{name}-{identity[:12]}"
     if again:
-        planned.reason = "asked for by --from"
+        planned.reason, planned.again = "asked for by --from", True
     elif planned.former and planned.former.identity == identity:
         planned.state = "done"
     elif (aside / FACTS).is_file() and Artifact.open(aside).identity == identity:

@@ -32,7 +32,7 @@ class Meter:
         self._bar: Progress | None = None
         self._total = 0
         self._begun = self._spoke = time.monotonic()
-        self._counted = 0.0
+        self._counted = self._before = 0.0
         self._latest: dict[str, float] = {}
 
     def begin(self, total: int, start: int = 0) -> None:
@@ -41,6 +41,7 @@ class Meter:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
         self.path.write_text("".join(line + "\n" for line in kept))
         self._total, self._begun, self._counted = total, time.monotonic(), 0.0
+        self._before = seconds_so_far(self.path)
         if start:
             console.print(f"  {self.name}: going on from step {start} of {total}")
         if console.is_terminal:
@@ -60,7 +61,7 @@ class Meter:
         self._counted += counted
         seconds = time.monotonic() - self._begun
         self._latest.update(metrics)
-        row = {"step": step, **metrics, "seconds": round(seconds, 3)}
+        row = {"step": step, **metrics, "seconds": round(self._before + seconds, 3)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.tracker is not None:
@@ -83,6 +84,12 @@ class Meter:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def seconds_so_far(metrics: Path) -> float:
+    """Seconds that a stopped stage had worked when it wrote its last metrics."""
+    lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
+    return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
 def say(text: str) -> None:

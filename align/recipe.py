@@ -20,6 +20,9 @@ RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may no
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
+OPTIONAL_FILES: dict[str, dict[str, type[Row]]] = {"reward": {"demonstrations": Conversation}}
+
+
 @dataclass(frozen=True)
 class Handle:
     """What a stage will make: its name, or the folder of an artifact from elsewhere."""
@@ -196,8 +199,9 @@ class Recipe:
         if name not in self.stages:
             raise AlignError(f"--set {text}: this recipe has no stage {name!r}. It has: {', '.join(self.stages)}, and recipe.")
         stage = self.stages[name]
-        if rest[0] in stage.files and len(rest) == 1:
-            files = {**stage.files, rest[0]: (text.partition("=")[2].strip(), stage.files[rest[0]][1])}
+        takes = {role: row for role, (_, row) in stage.files.items()} | OPTIONAL_FILES.get(stage.kind, {})
+        if rest[0] in takes and len(rest) == 1:
+            files = {**stage.files, rest[0]: (text.partition("=")[2].strip(), takes[rest[0]])}
             self.stages[name] = replace(stage, files=files)
         else:
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))

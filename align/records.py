@@ -116,13 +116,15 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
         AlignError: at the first line that does not fit, with what was found and the columns that are expected.
     """
     rows: list[R] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_parse(line, kind, f"{path}:{number}"))
-    except UnicodeDecodeError as error:
-        raise AlignError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected a JSONL file.") from None
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                place = f"{error.reason} at byte {error.start + 1} of the line"
+                raise AlignError(f"{path}:{number}: not UTF-8 text ({place}); expected a JSONL file in UTF-8.") from None
+            if line.strip():
+                rows.append(_parse(line, kind, f"{path}:{number}"))
     if not rows:
         raise AlignError(f"{path}: the file holds no rows; expected one JSON object a line.")
     return rows
@@ -130,10 +132,13 @@ def read_rows(path: Path, kind: type[R]) -> list[R]:
 
 def _parse(line: str, kind: type[R], where: str) -> R:
     columns = ", ".join(repr(name) for name in kind.model_fields if name != "source_line")
+    columns += " (or 'prompt', 'completion')" if kind is Conversation else ""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise AlignError(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line with {columns}.") from None
+    except (ValueError, RecursionError) as error:
+        raise AlignError(f"{where}: cannot be read ({error}); expected one object a line with {columns}.") from None
     try:
         return kind.model_validate(row | {"source_line": int(where.rpartition(":")[2])} if isinstance(row, dict) else row)
     except ValidationError as error:

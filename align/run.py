@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -22,7 +23,7 @@ from align.base import Base
 from align.curves import draw
 from align.errors import AlignError
 from align.plan import CHECKPOINT, Planned, make_plan
-from align.progress import Meter, console, say
+from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
 from align.settings import Settings
 
@@ -89,7 +90,10 @@ def _ago(planned: Planned) -> str:
 
 def _run_stage(recipe: Recipe, planned: Planned) -> None:
     stage = planned.stage
+    if planned.again:
+        shutil.rmtree(planned.work, ignore_errors=True)
     planned.work.mkdir(parents=True, exist_ok=True)
+    before = seconds_so_far(planned.work / "metrics.jsonl")
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     begun = time.monotonic()
     _reset_peak_memory()
@@ -98,7 +102,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     (planned.work / CHECKPOINT).unlink(missing_ok=True)
-    facts = describe(planned, recipe.dtype, result, time.monotonic() - begun)
+    facts = describe(planned, recipe.dtype, result, before + time.monotonic() - begun)
     draw(stage.kind, planned.work / "metrics.jsonl", planned.work / "curves.png")
     publish(planned.work, planned.final, facts)
     with contextlib.suppress(OSError):
@@ -170,8 +174,12 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         AlignError: where another process is running in the folder.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a+")
+    except OSError as error:
+        raise AlignError(f"{run}: cannot be a run's folder ({error.strerror}). Give another one: --out runs/other") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

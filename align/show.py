@@ -31,7 +31,7 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         "state",
         "why",
         "last took",
-        title=f"{recipe.name} on {recipe.base_model} in {run}",
+        title=escape(f"{recipe.name} on {recipe.base_model} in {run}"),
         title_justify="left",
     )
     words = {
@@ -84,7 +84,7 @@ def show_run(folder: Path) -> None:
         return
     artifacts = open_run(folder)
     made = {artifact.name: artifact for artifact in artifacts}
-    table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=str(folder), title_justify="left")
+    table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=escape(str(folder)), title_justify="left")
     for name in json.loads((folder / "run.json").read_text())["stages"]:
         if name in made:
             facts = made[name].facts
@@ -120,7 +120,7 @@ def show_results(run: Path, stages: list[str], samples: int = SAMPLES_SHOWN) -> 
                 console.print(results_table(artifact))
                 if samples:
                     _show_samples(artifact.folder / "samples.jsonl", samples)
-    console.print(f"The run is in {run}. See it: align show {run}    Talk to it: align chat {run}")
+    console.print(escape(f"The run is in {run}. See it: align show {run}    Talk to it: align chat {run}"))
 
 
 def results_table(artifact: Artifact) -> Table:

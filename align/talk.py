@@ -67,7 +67,9 @@ def find_policy(folder: Path) -> Artifact:
     if (folder / FACTS).is_file():
         artifact = Artifact.open(folder, verify=True)
         if artifact.kind != "policy":
-            raise AlignError(f"{folder}: is a {artifact.kind.replace('_', ' ')}; expected a policy, such as {folder.parent / 'sft'}.")
+            raise AlignError(
+                f"{folder}: is the {artifact.kind.replace('_', ' ')} of a run; expected a policy, such as {folder.parent / 'sft'}."
+            )
         return artifact
     policies = [artifact for artifact in open_run(folder) if artifact.kind == "policy"]
     if not policies:
@@ -77,8 +79,8 @@ def find_policy(folder: Path) -> Artifact:
 
 def talk(policy: Path, against: Path | None, system: str | None, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Read turns from the terminal or a pipe until they end, and answer each."""
-    if temperature < 0 or max_new_tokens < 1:
-        raise AlignError("align chat: --temperature must be at least 0 and --max-new-tokens at least 1.")
+    if not 0 <= temperature < float("inf") or max_new_tokens < 1:
+        raise AlignError("align chat: --temperature must be a number of at least 0 and --max-new-tokens at least 1.")
     folders = [policy] + ([against] if against else [])
     for folder in folders:
         find_policy(folder)  # both are there, before any weights are loaded

@@ -205,5 +205,5 @@ def _not_finite(what: str, rows: list[Row], where: list[str]) -> AlignError:
     lines = ", ".join(where[index] for row in rows for index in row.indices)
     return AlignError(
         f"training stopped: the {what} is not a finite number. It came from {lines}.\n"
-        "  The last checkpoint is kept. Look at those rows, or lower the learning rate (--set STAGE.learning_rate=...), and run again."
+        "  Checkpoints of earlier steps are kept. Look at those rows, or lower the stage's learning_rate (--set), and run again."
     )

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from align.artifact import Artifact
-from align.base import Base, local_model
+from align.base import Base, loading_explained, local_model
 from align.chat import Chat
 from align.errors import AlignError
 from align.model.forward import forward, forward_head
@@ -37,14 +37,12 @@ def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) 
     """Load the weights that an artifact stands on, without its adapters, in the processor's native type unless told."""
     first = artifact.chain()[0] if artifact else None
     location = str(first.folder / MODEL) if first and first.facts["model"]["form"] == "full" else local_model(base)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     revision = base.revision if location == base.location else None
-    trunk = Trunk.load(location, getattr(torch, dtype) if dtype else None, revision, device)
+    with loading_explained(base.source):
+        trunk = Trunk.load(location, dtype and getattr(torch, dtype), revision, "cuda" if torch.cuda.is_available() else "cpu")
+        chat = Chat.load(location, revision)
     if not trunk.packs:
-        say(
-            "  note: this model's attention cannot run packed rows exactly, so rows are computed as padded sequences (slower, same results)"
-        )
-    chat = Chat.load(location, revision)
+        say("  note: this model's attention cannot run packed rows exactly, so rows are padded (slower, same results)")
     if artifact is not None:
         _check_template(artifact, chat)
     return trunk, chat

@@ -161,7 +161,9 @@ class Trunk:
                 else:
                     self.peft.add_adapter(name, config)
         except ValueError as error:
-            raise AlignError(f"{name}.lora.targets: {lora.targets!r} fits no layer of this model.\n  {error}") from None
+            raise AlignError(
+                f"{name.removesuffix('-new')}.lora.targets: {lora.targets!r} fits no layer of this model.\n  {error}"
+            ) from None
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Add a trained adapter, frozen."""

@@ -44,6 +44,7 @@ def run(job: Job) -> Result:
     assert reward is not None
     meter = job.meter("score", unit="prompts")
     meter.begin(len(policies))
+    names = [policy.name if policy else "base" for policy in policies]
     answers = []
     open_now: tuple[str, Trunk, Any] | None = None
     for number, policy in enumerate(policies):
@@ -52,8 +53,9 @@ def run(job: Job) -> Result:
             open_now = None  # let the former weights go before the next are loaded
             open_now = (root, *open_trunk(job.base, policy, job.dtype))
         _, trunk, chat = open_now
-        meter.phase(f"sampling {_name(policy)}")
-        answer = _answer(policy, trunk, chat, rows, settings, job.base.identity)
+        name = names[number] if names.count(names[number]) == 1 else f"{names[number]} {number + 1}"
+        meter.phase(f"sampling {name}")
+        answer = _answer(name, policy, trunk, chat, rows, settings, job.base.identity)
         if root == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
         if root == root_identity(job.base, reward):
@@ -71,11 +73,9 @@ def run(job: Job) -> Result:
     return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
 
 
-def _name(policy: Artifact | None) -> str:
-    return policy.name if policy else "base"
-
-
-def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str) -> Answers:
+def _answer(
+    name: str, policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str
+) -> Answers:
     role = load_role(trunk, policy)
     prompts = [chat.prompt_ids(row.prompt) for row in rows]
     completions = Sampler(trunk).sample(
@@ -89,7 +89,7 @@ def _answer(policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt]
     )
     examples = [Example(i, p, tuple(c.ids for c in cs)) for i, (p, cs) in enumerate(zip(prompts, completions, strict=True))]
     texts = [[chat.text(c.ids) for c in cs] for cs in completions]
-    return Answers(_name(policy), policy.identity if policy else base, examples, completions, texts, [], None)
+    return Answers(name, policy.identity if policy else base, examples, completions, texts, [], None)
 
 
 @torch.no_grad()

@@ -314,7 +314,7 @@ def _check_sampler(mismatch: float) -> None:
     """The sampler may round otherwise than the trained policy, by a few hundredths of a nat a token; more is another model."""
     if not mismatch < 0.5:
         raise AlignError(
-            f"PPO stopped: sampled tokens have log-probabilities {mismatch:.2f} nats off the trained policy's on average; expected under 0.5. "
+            f"PPO stopped: sampled tokens are {mismatch:.2f} nats off the trained policy's log-probabilities; expected under 0.5. "
             "The sampler is not the policy. Try merged_sampler=false, and report it."
         )
 

@@ -126,24 +126,24 @@ def test_log_ratios_stay_0_while_nothing_is_learned(chat, tmp_path):
         assert row["largest_log_ratio"] < 1e-5
 
 
-def test_the_value_role_starts_as_the_reward_model(chat):
-    """The same head on the same hidden states: equal scores, and before each token the score of what is there so far."""
+def test_the_value_role_starts_with_the_reward_model_s_adapter_and_a_value_of_0(chat):
+    """With the reward model's head in place of its zeros, it gives the reward model's scores of what is there so far."""
     opened = stage(chat)
+    trunk, head = opened.trunk, opened.trunk.heads[ppo.VALUE]
     examples = [Example(0, PROMPTS[0], ((9, 8, 7), (5, 1))), Example(1, PROMPTS[1], ((6, 1),))]
+    before_each_token = [Example(0, PROMPTS[0][:-1], (PROMPTS[0][-1:], (*PROMPTS[0][-1:], 9), (*PROMPTS[0][-1:], 9, 8)))]
     with torch.no_grad():
-        value, reward = (forward_head(opened.trunk, role, make_row(examples)) for role in (opened.value, opened.reward))
+        reward = forward_head(trunk, opened.reward, make_row(examples))
+        assert forward_head(trunk, opened.value, make_row(examples)).values.tolist() == [0.0] * 7
+        head.load_state_dict(trunk.heads["reward"].state_dict())
+        value = forward_head(trunk, opened.value, make_row(examples))
         assert torch.equal(value.scores, reward.scores)
         assert torch.equal(value.values, reward.values)
-        so_far = [Example(0, PROMPTS[0][:-1], (PROMPTS[0][-1:], (*PROMPTS[0][-1:], 9), (*PROMPTS[0][-1:], 9, 8)))]
-        torch.testing.assert_close(
-            forward_head(opened.trunk, opened.reward, make_row(so_far)).scores, value.values[:3], atol=1e-5, rtol=1e-5
-        )
-    assert float(opened.trunk.heads[ppo.VALUE].offset) == pytest.approx(0.1)
-    randomise(opened.trunk, ppo.VALUE, seed=9)
-    with torch.no_grad():
-        opened.trunk.heads[ppo.VALUE].weight += 1
-        after = forward_head(opened.trunk, opened.reward, make_row(examples))
-    assert torch.equal(after.scores, reward.scores)
+        so_far = forward_head(trunk, opened.reward, make_row(before_each_token))
+        torch.testing.assert_close(so_far.scores, value.values[:3], atol=1e-5, rtol=1e-5)
+        randomise(trunk, ppo.VALUE, seed=9)
+        head.weight += 1
+        assert torch.equal(forward_head(trunk, opened.reward, make_row(examples)).scores, reward.scores)
 
 
 def test_rollout_log_probabilities_are_the_sampler_s(chat):
@@ -309,6 +309,7 @@ def test_an_update_moves_along_the_gradient_of_the_stated_loss(temperature, chat
     """Plain SGD at rate 1, so the weights move by minus the gradient of the clipped losses, summed and divided by tokens."""
     changes = {"temperature": temperature, "learning_rate": 1.0, "value_learning_rate": 1.0, "warmup": 0.0, "max_grad_norm": 1e9}
     opened = stage(chat, value_coef=0.3, value_clip=0.05, **changes)
+    opened.trunk.heads[ppo.VALUE].load_state_dict(opened.trunk.heads["reward"].state_dict())  # one of zeros hides the adapter
     rollouts, _ = rollouts_of(opened)
     randomise(opened.trunk, "ppo", seed=8, spread=0.02)  # the policy moves on, so that ratios are not 1 and some are clipped
     randomise(opened.trunk, ppo.VALUE, seed=9, spread=0.02)
@@ -451,14 +452,15 @@ def test_a_reward_model_on_the_same_weights_is_taken():
     ppo._check_same_trunk(Job("ppo", make_settings(), BASE, {"policy": artifact("sft", "adapter")}, {}, Path()), reward)
 
 
-def test_ppo_without_an_adapter_is_refused():
-    job = Job("ppo", make_settings(lora=None), BASE, {"policy": None}, {}, Path())
-    with pytest.raises(AlignError, match=r"ppo\.lora: PPO trains an adapter"):
-        ppo._check_same_trunk(job, artifact("reward", "adapter"))
+def test_ppo_without_an_adapter_is_refused(tiny_base, small_run, data):
+    recipe = Recipe("full", base=str(tiny_base))
+    policy, reward = recipe.load(small_run / "sft"), recipe.load(small_run / "reward")
+    with pytest.raises(AlignError, match=r"ppo.*lora"):
+        recipe.ppo(policy=policy, reward_model=reward, prompts=data / "prompts.jsonl", lora=None)
 
 
 def test_numbers_that_are_not_finite_stop_the_round(chat, tmp_path, monkeypatch):
     with_reward(monkeypatch, lambda ids: float("nan"))
-    with pytest.raises(AlignError, match="ppo: in round 1 policy_loss, value_loss is not a finite number"):
+    with pytest.raises(AlignError, match=r"in round 1 policy_loss, value_loss.* is not a finite number"):
         train(stage(chat, tmp_path, missing_eos_score=None))
     assert not (tmp_path / "checkpoint.safetensors").exists()
