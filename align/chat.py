@@ -49,7 +49,10 @@ class Chat:
         tail = tokenizer.encode(text[text.rindex("b") + 1 :], add_special_tokens=False)
         special = [token for token in tail if token in _control_tokens(tokenizer)]
         if not special:
-            raise AlignError("chat template: no special token follows the assistant's reply, so nothing would end a turn.")
+            raise AlignError(
+                f"base {tokenizer.name_or_path!r}: after the assistant's reply its chat template gives {text[text.rindex('b') + 1 :]!r}; "
+                "expected a special token, without which nothing ends a turn. Give it a template that ends turns, or another base."
+            )
         stop_ids = {special[0]} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
         return cls(tokenizer, special[0], frozenset(stop_ids))
 

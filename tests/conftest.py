@@ -65,9 +65,11 @@ def make_model(kind="llama", seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A folder with the tiny model, as a recipe's base."""
+    """A folder with the tiny model, as a recipe's base. It ends a turn within a few tokens, often but not always."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    make_model().save_pretrained(folder)
+    model = make_model()
+    model.get_input_embeddings().weight.data[model.config.eos_token_id] *= 2  # tied: what the logit of the end is made with
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -158,10 +160,10 @@ def small_recipe(base, data, name="small", **recipe_settings):
         lora=lora,
         iterations=3,
         prompts_per_iteration=4,
-        max_new_tokens=6,
+        max_new_tokens=12,
         row_tokens=64,
     )
-    recipe.evaluate(policies=[recipe.base, sft, dpo, ppo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=6)
+    recipe.evaluate(policies=[recipe.base, sft, dpo, ppo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=12)
     return recipe
 
 
@@ -231,7 +233,7 @@ def finished(script, tmp_path_factory):
     from processes import align
 
     folder = tmp_path_factory.mktemp("finished")
-    ended = align("run", script, "--out", "small", folder=folder)
+    ended = align("run", script, "--out", "small", folder=folder, curves=True)
     assert ended.code == 0, ended.err
     return folder / "small"
 

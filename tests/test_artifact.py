@@ -11,7 +11,7 @@ import pytest
 from processes import align
 from test_run import STAGES, changed, contents, facts_of, times
 
-from align.artifact import ARCHIVE, FACTS, Artifact, identity_of, publish
+from align.artifact import ARCHIVE, FACTS, NEEDED, Artifact, identity_of, publish
 from align.errors import AlignError
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -70,12 +70,12 @@ def test_an_artifact_with_facts_of_another_shape_is_damaged(finished_copy, chang
     assert "damaged" in message_of(Artifact.open, finished_copy / "sft")
 
 
-@pytest.mark.parametrize("missing", ["identity", "parents"])
+@pytest.mark.parametrize("missing", ["name", "kind", "identity", "parents", "base", "settings", "model", "metrics", "seconds"])
 def test_an_artifact_without_what_a_run_reads_is_damaged(finished_copy, missing):
     facts = facts_of(finished_copy)["sft"]
     del facts[missing]
     (finished_copy / "sft" / FACTS).write_text(json.dumps(facts))
-    assert "damaged" in message_of(Artifact.open, finished_copy / "sft")
+    assert f"damaged: {FACTS} cannot be read (no {missing})." in message_of(Artifact.open, finished_copy / "sft")
 
 
 def test_an_artifact_of_a_newer_format_asks_for_a_newer_align(finished_copy):
@@ -175,7 +175,7 @@ def made(folder, name, content="weights"):
 
 
 def published(folder, identity, content="weights"):
-    facts = {"format": 1, "kind": "policy", "name": "sft", "identity": identity * 64}
+    facts = {**dict.fromkeys(NEEDED), "format": 1, "kind": "policy", "name": "sft", "identity": identity * 64}
     return publish(made(folder, f"sft-{identity}", content), folder / "sft", facts)
 
 
@@ -243,7 +243,6 @@ def allow_files_of_when_publishing(size, number):
 
 FULL = {
     "a larger checkpoint": (functools.partial(allow_files_of, 150_000), ("sft", "reward", "dpo")),
-    "describing the first": (functools.partial(allow_files_of_when_publishing, 1_500, 1), ()),
     "describing the third": (functools.partial(allow_files_of_when_publishing, 1_500, 3), ("sft", "reward")),
 }
 
@@ -281,7 +280,7 @@ def small_disk(path, size):
 def test_a_disk_that_fills_up_anywhere_is_a_message_and_the_run_goes_on_when_there_is_room(finished, script, tmp_path, size):
     disk = tmp_path / "disk"
     with small_disk(disk, size):
-        ended = align("run", script, "--out", disk / "run", folder=tmp_path)
+        ended = align("run", script, "--out", disk / "run", folder=tmp_path, curves=True)
         assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
         assert "the disk is full" in ended.err
         kept = times(disk / "run")

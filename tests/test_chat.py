@@ -106,7 +106,7 @@ def test_a_template_that_refuses_messages_says_why():
 
 
 def test_a_template_without_an_end_of_turn_is_refused():
-    with pytest.raises(AlignError, match="no special token follows the assistant's reply"):
+    with pytest.raises(AlignError, match="expected a special token, without which nothing ends a turn. Give it a template that ends turns"):
         with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
 
 

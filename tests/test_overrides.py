@@ -79,7 +79,7 @@ def test_a_list_of_layers_may_be_given():
         (["kl_coef"], -1, "ppo.kl_coef: -1 does not fit; expected a number, at least 0"),
         (["kl_coef"], "much", "ppo.kl_coef: 'much' does not fit; expected a number, at least 0"),
         (["lora", "rank"], 0, "ppo.lora.rank: 0 does not fit; expected a whole number, at least 1 and at most 1024."),
-        (["lora"], "big", "ppo.lora: 'big' does not fit; expected settings (rank, alpha, targets, dropout, dora, rslora) or none."),
+        (["lora"], "big", "ppo.lora: 'big' does not fit; expected settings (rank, alpha, targets, dropout, dora, rslora)."),
     ],
 )
 def test_an_override_that_does_not_fit_says_which_and_why(path, value, message):

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import small_recipe, write_rows
 
 from align import AlignError, Evaluation, Lora, Policy, Recipe, RewardModel
 from align.plan import make_plan
@@ -73,12 +73,13 @@ def test_a_policy_among_several_is_named_by_its_place(recipe, handles):
 
 
 def test_an_evaluation_wants_a_policy(recipe, handles):
-    assert "give at least one policy" in message_of(recipe.evaluate, policies=[], reward_model=handles["reward"], prompts="a", name="e")
+    message = message_of(recipe.evaluate, policies=[], reward_model=handles["reward"], prompts="a", name="e")
+    assert message == "e: 'policies' is empty; give a list of at least one policy, such as policies=[sft, ppo]."
 
 
 def test_one_policy_in_place_of_a_list_is_refused(recipe, handles):
     message = message_of(recipe.evaluate, policies=handles["sft"], reward_model=handles["reward"], prompts="a", name="e")
-    assert message.startswith("e: policies")
+    assert message == "e: 'policies' is a single Policy; give a list of at least one policy, such as policies=[sft, ppo]."
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "../a", ".hidden", "a.b", "a=b", "-", "base", "sft"])
@@ -196,15 +197,26 @@ def test_a_data_files_name_is_taken_as_it_is_written(recipe, handles, name):
     assert recipe.stages["sft"].files["data"][0] == name
 
 
-def test_a_reward_model_is_centred_on_the_data_of_its_policy(recipe, handles):
-    assert recipe.stages["reward"].files["demonstrations"][0] == "chat.jsonl"
-    recipe.override("sft.data=other.jsonl")
-    assert recipe.stages["reward"].files["demonstrations"][0] == "other.jsonl"
+def demonstrations(recipe, run):
+    """What a plan centres the reward model on: the file that is read and the one that decides the identity, or None."""
+    reward = next(planned for planned in make_plan(recipe, run) if planned.stage.name == "reward")
+    assert ("demonstrations" in reward.files) == ("demonstrations" in reward.data)
+    return reward.files.get("demonstrations"), reward.data.get("demonstrations", {}).get("path")
 
 
-def test_a_reward_model_without_demonstrations_has_none(recipe):
-    recipe.reward(preferences="a")
-    assert set(recipe.stages["reward"].files) == {"preferences"}
+def test_a_reward_model_is_centred_on_the_data_of_its_policy(tiny_base, data, tmp_path):
+    recipe = small_recipe(tiny_base, data)
+    assert demonstrations(recipe, tmp_path) == (data / "chat.jsonl", str(data / "chat.jsonl"))
+    for override in ("sft.data", "reward.demonstrations"):
+        other = write_rows(tmp_path / f"{override}.jsonl", [{"prompt": "a", "completion": override}])
+        recipe.override(f"{override}={other}")
+        assert demonstrations(recipe, tmp_path) == (other, str(other))
+
+
+def test_a_reward_model_without_demonstrations_has_none(tiny_base, data, tmp_path):
+    recipe = Recipe("test", base=str(tiny_base))
+    recipe.reward(preferences=data / "preferences.jsonl")
+    assert demonstrations(recipe, tmp_path) == (None, None)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -235,5 +247,5 @@ def test_a_loaded_policy_is_not_taken_for_the_stage_of_its_name(finished, tiny_b
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}])
     recipe.sft(data=other)
     recipe.reward(policy=loaded, preferences=data / "preferences.jsonl")
-    assert "demonstrations" not in recipe.stages["reward"].files
+    assert demonstrations(recipe, tmp_path / "run") == (None, None)
     make_plan(recipe, tmp_path / "run", only=["reward"])

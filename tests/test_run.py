@@ -114,8 +114,10 @@ def test_policies_are_compared_with_the_first(finished):
     for row in rows:
         assert 0 <= row["scored"] <= metrics["prompts"]
         assert (row["score"] is None) == (row["scored"] == 0)
-        assert 0 < row["length"] <= 6
+        assert 0 < row["length"] <= 12
         assert 0 <= row["ended"] <= 1
+    assert all(row["scored"] for row in rows)  # or nothing above was seen of a score
+    assert not all(row["ended"] == 1 for row in rows)
 
 
 def test_nothing_half_made_is_left(finished):
@@ -212,11 +214,11 @@ def test_a_plan_says_why_each_stage_would_run(planned):
     assert plan["sft"][1] == "changed: epochs 2.0 -> 3.0"
     assert plan["dpo"][1] == "changed: policy sft"
     assert plan["ppo"][1] == "changed: policy sft, reward_model reward"
-    assert plan["evaluate"][1].startswith("changed: max_new_tokens 6 -> 5, policies.1 sft")
+    assert plan["evaluate"][1].startswith("changed: max_new_tokens 12 -> 5, policies.1 sft")
 
 
 def test_a_plan_says_that_the_precision_changed(planned):
-    assert planned("recipe.dtype=bfloat16")["sft"][1] == "changed: dtype float32 -> bfloat16"
+    assert planned("recipe.dtype=bfloat16")["sft"][1] == "changed: recipe.dtype float32 -> bfloat16"
 
 
 def test_changed_data_is_made_again_and_moved_data_is_not(planned, data, tmp_path):

@@ -116,7 +116,10 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tup
     """A token for each row of logits, with its log-probability at that temperature."""
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if not torch.isfinite(logprobs).all(dim=-1).all():
-        raise AlignError("sampling stopped: the model's logits are not finite numbers; its training has diverged. Lower its learning rate.")
+        raise AlignError(
+            "sampling stopped: the policy's logits are not finite numbers; its training has diverged. "
+            "Lower the learning_rate of the stage that trained it (--set), and run again."
+        )
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:

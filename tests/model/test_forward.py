@@ -203,6 +203,15 @@ def test_the_padded_way_gives_the_packed_values_and_scores():
     assert_equal_gradients(found[0][2], found[1][2])
 
 
+def test_a_model_without_sdpa_loads_from_its_folder(tmp_path):
+    make_model("gemma2", sliding_window=8).save_pretrained(tmp_path)
+    trunk, plain = Trunk.load(tmp_path, torch.float32), make_model("gemma2", sliding_window=8)
+    examples = some_examples()
+    with torch.no_grad():
+        found = forward(trunk, Role(), make_row(examples)).logprobs
+        torch.testing.assert_close(found, plain_logprobs(plain, examples), atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

@@ -98,8 +98,9 @@ def optimizer_of(opened):
 # The start ------------------------------------------------------------------------------------------------------------
 
 
-def test_kl_is_exactly_0_and_ratios_exactly_1_at_the_start(chat, tmp_path):
-    checks, rounds = train(stage(chat, tmp_path, iterations=2))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_is_exactly_0_and_ratios_exactly_1_at_the_start(temperature, chat, tmp_path):
+    checks, rounds = train(stage(chat, tmp_path, iterations=2, temperature=temperature))
     assert checks == {"kl_at_start": 0.0, "ratio_off_1_at_start": 0.0}
     assert (rounds[0]["kl"], rounds[0]["kl_per_token"], rounds[0]["k3_per_token"]) == (0.0, 0.0, 0.0)
     assert rounds[1]["k3_per_token"] > 0
@@ -146,9 +147,10 @@ def test_the_value_role_starts_with_the_reward_model_s_adapter_and_a_value_of_0(
         assert torch.equal(forward_head(trunk, opened.reward, make_row(examples)).scores, reward.scores)
 
 
-def test_rollout_log_probabilities_are_the_sampler_s(chat):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_log_probabilities_are_the_sampler_s(temperature, chat):
     """Sanity test 1: float32, an adapter merged for sampling and stacked for scoring."""
-    opened = stage(chat)
+    opened = stage(chat, temperature=temperature)
     randomise(opened.trunk, "ppo", seed=8)
     assert opened.sampler.copy is not None
     rollouts, _ = rollouts_of(opened)

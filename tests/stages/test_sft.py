@@ -119,7 +119,7 @@ def test_every_kind_of_adapter_runs_twice_on_top_of_itself(lora, dtype, tiny_bas
     for name in ("sft", "again"):
         facts = json.loads((run / name / "artifact.json").read_text())
         change = facts["checks"]["change_at_start"]
-        assert change == 0 or (lora.dora and change < (0.2 if dtype == "bfloat16" else 1e-5))  # DoRA divides by a norm, which rounds
+        assert change == 0 or (lora.dora and change < (0.5 if dtype == "bfloat16" else 1e-5))  # DoRA divides by a norm, which rounds
         losses = [json.loads(line)["loss"] for line in (run / name / "metrics.jsonl").read_text().splitlines()]
         assert all(math.isfinite(loss) for loss in losses)
     artifact = Artifact.open(run / "again")
