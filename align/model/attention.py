@@ -53,7 +53,11 @@ def packed_attention(
     if row_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _RowAttention.apply(query[0], key[0], value[0], scaling, sliding_window, row_segments)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # one precision for the products of both passes: the backward one knows no autocast
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        output = _RowAttention.apply(query[0], key[0], value[0], scaling, sliding_window, row_segments)
     return output.transpose(0, 1)[None], None
 
 

@@ -76,8 +76,9 @@ class Trunk:
         self.model = model.eval().requires_grad_(False)
         self.peft: PeftModel | None = None
         self.heads = nn.ModuleDict()
-        self._layers: list[LoraLayer] = []
+        self.layers: list[LoraLayer] = []
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.dropout = False  # of the adapters, while they are trained
         self.autocast = False  # matrix products in bfloat16 on float32 weights, for full fine-tuning
         self.packs = True
         self.packs = self._packing_is_exact()
@@ -198,8 +199,8 @@ class Trunk:
         self.model.eval().requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        for layer in self._layers:
+        self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in self.layers:
             run_in_base_precision(layer)
 
     @contextmanager
@@ -211,20 +212,26 @@ class Trunk:
         known = set(self.peft.peft_config) if self.peft else set()
         if unknown := set(role.adapters) - known:
             raise KeyError(f"no adapter {sorted(unknown)}; there are {sorted(known)}")
-        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
-        for layer in self._layers:
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
+        for layer in self.layers:
             if layer.merged:
                 raise RuntimeError("an adapter is merged into the base")
             layer._active_adapter, layer._disable_adapters = list(role.adapters), not role.adapters
         try:
             yield
         finally:
-            for layer, (active, disabled) in zip(self._layers, before, strict=True):
+            for layer, (active, disabled) in zip(self.layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def rest_in(self, role: Role) -> None:
+        """Make a role the one outside of every switch, so that activations computed again in a backward pass are its own."""
+        for layer in self.layers:
+            layer._active_adapter, layer._disable_adapters = list(role.adapters), not role.adapters
 
     @contextmanager
     def computing(self, role: Role) -> Iterator[None]:
-        """Switched to the role, in mixed precision where all weights are trained."""
+        """Switched to the role, in mixed precision where all weights are trained, with dropout only where gradients are wanted."""
+        self.set_dropout(self.dropout and torch.is_grad_enabled())
         with self.switched_to(role), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             yield
 
@@ -241,7 +248,7 @@ class Trunk:
 
     def set_dropout(self, active: bool) -> None:
         """Turn the adapters' dropout on or off; the base's stays off."""
-        for layer in self._layers:
+        for layer in self.layers:
             layer.lora_dropout.train(active)
 
     def checkpoint_activations(self) -> None:
@@ -287,7 +294,7 @@ class Trunk:
 
     def can_merge(self) -> bool:
         """Whether the adapters are plain LoRA on plain linear layers: no DoRA, no 4-bit base."""
-        return all(runs_plainly(layer) for layer in self._layers)
+        return all(runs_plainly(layer) for layer in self.layers)
 
 
 def _plain_name(name: str) -> str:

@@ -99,10 +99,10 @@ def run(job: Job) -> Result:
     reference = reference_logps(trainee, rows, len(data.rows), job.work / REFERENCE)
     objective = DirectPreference(trainee, data.rows, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)
-    trainee.trunk.set_dropout(True)
+    trainee.trunk.dropout = True
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
-    trainee.trunk.set_dropout(False)
+    trainee.trunk.dropout = False
     heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")

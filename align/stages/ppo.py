@@ -32,14 +32,14 @@ from align.model.load import (
     root_identity,
     save_model,
 )
-from align.model.packing import Example, Row, pack, shuffled_batches
+from align.model.packing import Example, Row, pack
 from align.model.trunk import Head, Role, Trunk
 from align.progress import say
 from align.records import Prompt, read_rows, write_jsonl
 from align.run import Job, Result
 from align.settings import Lora, PPOSettings
 
-VALUE = "value-new"
+VALUE = "value-role"
 SAMPLES_KEPT = 8  # completions of each round written to samples/
 
 
@@ -170,8 +170,8 @@ def _train(
 def minibatches(count: int, settings: PPOSettings, iteration: int, epoch: int) -> Iterator[list[int]]:
     """A fresh order for every pass over a round's prompts, cut into `minibatches` parts."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + iteration * 1009 + epoch)
-    size = -(-count // min(settings.minibatches, count))
-    yield from shuffled_batches(count, size, generator)
+    order = torch.randperm(count, generator=generator)
+    yield from (part.tolist() for part in order.tensor_split(min(settings.minibatches, count)))
 
 
 def _sample(

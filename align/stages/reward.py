@@ -64,10 +64,10 @@ def run(job: Job) -> Result:
     data = prepare_preferences(job, trainee, path)
     checks = {"change_at_start": largest_change_at_start(trainee, data.training[:2]) if trainee.adapter else 0.0}
     objective = BradleyTerry(trainee, data.rows, settings)
-    trainee.trunk.set_dropout(True)
+    trainee.trunk.dropout = True
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
-    trainee.trunk.set_dropout(False)
+    trainee.trunk.dropout = False
     offset, centred_on = _centre(job, trainee, data)
     heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)

@@ -54,10 +54,10 @@ def run(job: Job) -> Result:
     }
     objective = Likelihood(trainee)
     before = evaluate(objective, data.heldout, settings.row_tokens)
-    trainee.trunk.set_dropout(True)
+    trainee.trunk.dropout = True
     meter = job.meter("loss", "heldout_loss")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
-    trainee.trunk.set_dropout(False)
+    trainee.trunk.dropout = False
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     before = {f"{name}_before": number for name, number in before.items()}

@@ -66,7 +66,7 @@ def run(kind, chat, folder, meter=None, lora=None, heldout=(), count=24, spread=
     settings = KINDS[kind](**{"epochs": 1.0, "batch_size": 8, "learning_rate": 1e-2, **changes})
     trainee = make_trainee(chat, lora, head=kind == "reward")
     randomise(trainee.trunk, "stage", spread=spread)
-    trainee.trunk.set_dropout(True)
+    trainee.trunk.dropout = True
     examples = conversations(count) if kind == "sft" else pairs(count)
     where = [f"rows.jsonl:{i + 1}" for i in range(count)]
     meter = meter or Meter("test", folder, ())
@@ -232,7 +232,7 @@ def test_evaluation_while_training_is_without_dropout(chat, tmp_path):
     for dropout in (0.0, 0.5):
         trainee = make_trainee(chat, Lora(rank=4, dropout=dropout))
         randomise(trainee.trunk, "stage", seed=4)
-        trainee.trunk.set_dropout(True)
+        trainee.trunk.dropout = True
         settings = SFTSettings(learning_rate=1e-30, epochs=1.0, batch_size=8)
         meter = Meter("test", tmp_path, ())
         folder = tmp_path / str(dropout)

@@ -249,19 +249,42 @@ def test_dora_on_top_of_a_plain_adapter_is_peft_s(trunk):
     torch.testing.assert_close(trunk_logits(trunk, "sft", "ppo"), own, atol=1e-5, rtol=1e-6)
 
 
-def test_dropout_is_off_until_it_is_turned_on(trunk):
+def test_dropout_is_off_until_it_is_turned_on_and_then_only_where_gradients_are_wanted(trunk):
     add(trunk, "sft", 1, Lora(rank=3, dropout=0.5))
-    trunk.set_dropout(False)
-    quiet = logprobs(trunk, "sft")
-    assert torch.equal(logprobs(trunk, "sft"), quiet)
-    trunk.set_dropout(True)
+    role, quiet = Role(("sft",)), logprobs(trunk, "sft")
+
+    def with_gradients():
+        return forward(trunk, role, ROW).logprobs.detach()
+
+    torch.testing.assert_close(with_gradients(), quiet, atol=1e-5, rtol=1e-6)
+    trunk.dropout = True
     torch.manual_seed(0)
-    noisy = [logprobs(trunk, "sft") for _ in range(2)]
+    noisy = [with_gradients() for _ in range(2)]
     assert not torch.equal(noisy[0], noisy[1])
-    torch.manual_seed(0)
-    assert torch.equal(logprobs(trunk, "sft"), noisy[0])
-    trunk.set_dropout(False)
     assert torch.equal(logprobs(trunk, "sft"), quiet)
+    torch.manual_seed(0)
+    assert torch.equal(with_gradients(), noisy[0])
+    trunk.dropout = False
+    torch.testing.assert_close(with_gradients(), quiet, atol=1e-5, rtol=1e-6)
+
+
+def test_recomputed_activations_have_the_forward_pass_s_dropout():
+    gradients = []
+    for checkpointed in (False, True):
+        trunk = Trunk(make_model())
+        add(trunk, "sft", 1, Lora(rank=3, dropout=0.5))
+        parameters = trunk.parameters_of("sft")
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        if checkpointed:
+            trunk.checkpoint_activations()
+        trunk.dropout = True
+        torch.manual_seed(0)
+        with trunk.switched_to(Role(("sft",))):
+            forward(trunk, Role(("sft",)), ROW).logprobs.sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in parameters.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
 # Saving, loading, copying --------------------------------------------------------------------------------------------
