@@ -1,4 +1,4 @@
-"""Peak memory of each stage of the quickstart recipe, every stage in a process of its own, at one row budget.
+"""Peak memory of each stage of the quickstart recipe, every stage in a process of its own, at one row budget that all fill.
 
 python benchmarks/memory.py        about 3 minutes on two cores
 """
@@ -11,7 +11,8 @@ from align.artifact import Artifact
 
 RUN = Path("runs/memory")
 SHORT = [
-    "--set=sft.epochs=0.3",
+    "--set=sft.epochs=1",
+    "--set=sft.batch_size=48",
     "--set=reward.epochs=0.3",
     "--set=ppo.iterations=2",
     "--set=sft.row_tokens=1024",
