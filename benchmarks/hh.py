@@ -50,8 +50,8 @@ def convert() -> dict[str, int]:
 def recipe() -> Recipe:
     """One epoch each, LoRA of rank 16 on all linear layers."""
     chain = Recipe("hh", base="embedded")
-    shared = {"holdout": 0.2, "epochs": 1.0, "row_tokens": 1024, "max_length": 1024, "eval_every": 1000}
-    chain.reward(preferences=DATA, learning_rate=2e-4, **shared)
+    shared = {"holdout": 0.2, "epochs": 1.0, "batch_size": 8, "eval_every": 1000}
+    chain.reward(preferences=DATA, learning_rate=3e-4, **shared)
     chain.dpo(preferences=DATA, learning_rate=5e-5, **shared)
     return chain
 
