@@ -52,6 +52,8 @@ def packed_attention(
     """
     if row_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise TypeError("softcapped scores and attention sinks cannot be computed block by block")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):  # one precision for the products of both passes: the backward one knows no autocast

@@ -216,5 +216,11 @@ class Sampler:
         if self.copy is not None:
             self.trunk.merge_into(self.copy, role)
             return sample(self.copy, prompts, *arguments, **keywords)
-        with self.trunk.switched_to(Role(role.adapters)):
-            return sample(self.trunk.model, prompts, *arguments, **keywords)
+        training = [module for module in self.trunk.model.modules() if module.training]
+        self.trunk.model.eval()  # a layer that computes its activations again would drop the cache
+        try:
+            with self.trunk.switched_to(Role(role.adapters)):
+                return sample(self.trunk.model, prompts, *arguments, **keywords)
+        finally:
+            for module in training:
+                module.training = True

@@ -23,6 +23,8 @@ def run_in_base_precision(layer: LoraLayer) -> None:
     """Replace a layer's forward, where it is plain, by one that gives the same numbers up to the base's rounding."""
     if runs_plainly(layer):
         layer.forward = lambda x: _forward(layer, x)  # type: ignore[method-assign]
+    else:
+        layer.__dict__.pop("forward", None)  # an adapter of another kind came on top
 
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Trunk:
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.dropout = False  # of the adapters, while they are trained
         self.autocast = False  # matrix products in bfloat16 on float32 weights, for full fine-tuning
+        self.own_attention = model.config._attn_implementation
         self.packs = True
         self.packs = self._packing_is_exact()
 
@@ -89,9 +90,7 @@ class Trunk:
     ) -> Trunk:
         """Load a base from a folder or a hub id. Safetensors only, no remote code; bfloat16 where that is native."""
         dtype = dtype or native_dtype(torch.device(device))
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False)
         return cls(model.to(device))
 
     @property
@@ -131,15 +130,25 @@ class Trunk:
                 self.model.set_attn_implementation(attention.NAME)
                 packed = self.output_layer(hidden_states(self, row)[row.predicted_at[row.owner > 0]]).float()
             except (TypeError, ValueError, RuntimeError, AttributeError):
-                self.model.set_attn_implementation(own_attention)
-                return False
-        packed = self.softcap * torch.tanh(packed / self.softcap) if self.softcap else packed
+                packed = torch.full_like(torch.cat(plain).float(), float("nan"))
         expected = torch.cat(plain).float()
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
-        exact = bool((packed - expected).abs().max() <= tolerance * expected.abs().max())
+        exact = self._near(packed, expected)
         if not exact:
             self.model.set_attn_implementation(own_attention)
+            self.packs = False
+            with torch.no_grad():
+                padded = self.output_layer(hidden_states(self, row)[row.predicted_at[row.owner > 0]]).float()
+            if not self._near(padded, expected):
+                raise AlignError(
+                    f"{type(self.model).__name__}: its logits are not its output layer times its last hidden state (they are scaled, "
+                    "perhaps), so log-probabilities would be wrong. Choose another base."
+                )
         return exact
+
+    def _near(self, logits: Tensor, expected: Tensor) -> bool:
+        logits = self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
+        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -195,8 +204,11 @@ class Trunk:
     def _adding_adapter(self) -> Iterator[None]:
         """Peft turns gradients on and off for whole adapters when one is added; here nothing but the new one may change."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        training = [module for module in self.model.modules() if module.training]  # layers that compute activations again
         yield
         self.model.eval().requires_grad_(False)
+        for module in training:
+            module.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -264,7 +276,7 @@ class Trunk:
         """A plain model that shares every tensor with the base but the adapted layers' weights. Fill it with `merge_into`."""
         config = deepcopy(self.model.config)  # the attention is chosen in the config: the trunk keeps its own
         with torch.device("meta"):
-            copy = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            copy = AutoModelForCausalLM.from_config(config, attn_implementation=self.own_attention)
         tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
         own = {_plain_name(name): tensor for name, tensor in tensors if "lora_" not in name}
         adapted = {_plain_name(n) for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}
@@ -294,7 +306,8 @@ class Trunk:
 
     def can_merge(self) -> bool:
         """Whether the adapters are plain LoRA on plain linear layers: no DoRA, no 4-bit base."""
-        return all(runs_plainly(layer) for layer in self.layers)
+        tied = self.model.config.get_text_config().tie_word_embeddings and isinstance(self.output_layer, LoraLayer)
+        return not tied and all(runs_plainly(layer) for layer in self.layers)
 
 
 def _plain_name(name: str) -> str:
