@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -96,6 +97,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     before = seconds_so_far(planned.work / "metrics.jsonl")
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     begun = time.monotonic()
+    gc.collect()  # the weights of the stage before
     _reset_peak_memory()
     with _tracker(recipe, planned) as tracker:
         job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, recipe.dtype, tracker)

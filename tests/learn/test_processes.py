@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 from pathlib import Path
 import torch
@@ -45,7 +45,7 @@ work = folder / str(torch.distributed.get_rank() if torch.distributed.is_initial
 work.mkdir(parents=True, exist_ok=True)
 train(Objective(), parameters, examples, [], settings, work, Meter("t", work, ()), ["x"] * 12)
 save_file({n: p.detach().contiguous() for n, p in parameters.items()}, folder / f"adapter-{__import__('os').environ.get('RANK', 0)}.safetensors")
-'''
+"""
 
 
 def run(folder, world):
