@@ -341,7 +341,7 @@ MOMENTS = {
     "dpo, the reference known and no step made": ("dpo", None, functools.partial(kill_at_call, "align.stages.dpo", "_check_start", 1)),
     "dpo, between a step and its checkpoint": ("dpo", 1, functools.partial(kill_at_step, "dpo", 2)),
     "ppo, scoring the second round": ("ppo", 1, functools.partial(kill_at_call, "align.stages.ppo", "score_rollouts", 2)),
-    "ppo, updating in the second round": ("ppo", 1, functools.partial(kill_at_call, "align.stages.ppo", "update_step", 6)),
+    "ppo, updating in the second round": ("ppo", 1, functools.partial(kill_at_call, "align.stages.ppo", "update_step", 8)),
     "evaluate, between two policies": ("evaluate", None, functools.partial(kill_at_step, "evaluate", 2)),
 }
 

@@ -44,7 +44,8 @@ settings = SFTSettings(batch_size=6, row_tokens=16, epochs=3.0, learning_rate=0.
 work = folder / str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
 work.mkdir(parents=True, exist_ok=True)
 train(Objective(), parameters, examples, [], settings, work, Meter("t", work, ()), ["x"] * 12)
-save_file({n: p.detach().contiguous() for n, p in parameters.items()}, folder / f"adapter-{__import__('os').environ.get('RANK', 0)}.safetensors")
+rank = os.environ.get("RANK", 0)
+save_file({n: p.detach().contiguous() for n, p in parameters.items()}, folder / f"adapter-{rank}.safetensors")
 """
 
 
