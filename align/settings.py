@@ -132,6 +132,11 @@ class PPOSettings(Optimiser):
         "and a value that has just left the reward model errs in the middle of a sentence.",
     )
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty to the reference in each token's reward.")
+    compare_completions: bool = Field(
+        True,
+        description="Subtract from each score the mean score of the prompt's other completions (RLOO's baseline, 2402.14740): "
+        "no bias, and what only the prompt decides is no noise. Needs 2 or more completions of each prompt.",
+    )
     missing_eos_score: float | None = Field(
         -1.0, description="Score of a completion that never ends its turn, in place of the reward model's; none keeps it."
     )

@@ -25,6 +25,19 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     return rewards
 
 
+def minus_mean_of_others(scores: Tensor) -> Tensor:
+    """Each score less the mean of the other completions' (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8).
+
+    Args:
+        scores: of one prompt's completions. Shape (completion,).
+
+    Returns:
+        The same shape; unchanged for a single completion, which has no others.
+    """
+    count = len(scores)
+    return scores if count == 1 else (scores - scores.mean()) * count / (count - 1)
+
+
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), backwards from the last token.
 

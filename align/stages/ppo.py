@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align.artifact import Artifact
 from align.errors import AlignError
-from align.learn.advantages import generalised_advantages, k3, token_rewards, whiten
+from align.learn.advantages import generalised_advantages, k3, minus_mean_of_others, token_rewards, whiten
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
 from align.learn.losses import ppo_policy_loss, ppo_value_loss
 from align.learn.optimise import Means, learning_rate, make_optimizer, update
@@ -236,7 +236,8 @@ def advantages_of(rollouts: Sequence[Rollout], settings: PPOSettings) -> None:
     values = padded([r.old_values for r in rollouts])
     lengths = torch.tensor([length for r in rollouts for length in r.lengths])
     mask = torch.arange(logprobs.shape[1])[None] < lengths[:, None]
-    scores = torch.cat([final_scores(r, settings.missing_eos_score) for r in rollouts])
+    final = [final_scores(r, settings.missing_eos_score) for r in rollouts]
+    scores = torch.cat([minus_mean_of_others(of_prompt) for of_prompt in final] if settings.compare_completions else final)
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, settings.kl_coef)
     advantages, returns = generalised_advantages(rewards, values, mask, settings.gamma, settings.gae_lambda)
     sizes = [sum(r.lengths) for r in rollouts]

@@ -1,6 +1,6 @@
 import torch
 
-from align.learn.advantages import generalised_advantages, k3, token_rewards, whiten
+from align.learn.advantages import generalised_advantages, k3, minus_mean_of_others, token_rewards, whiten
 
 
 def ragged(seed, lengths=(5, 1, 3)):
@@ -73,3 +73,12 @@ def test_k3_has_the_mean_of_k1_under_the_policy():
     q = torch.tensor([0.2, 0.5, 0.3]).log()
     exact = (p.exp() * (p - q)).sum()
     torch.testing.assert_close((p.exp() * k3(p, q)).sum(), exact)
+
+
+def test_each_score_is_compared_with_the_mean_of_the_others():
+    """Scores 1, 2, 6: 1 - (2 + 6) / 2 = -3, 2 - (1 + 6) / 2 = -1.5, 6 - (1 + 2) / 2 = 4.5."""
+    torch.testing.assert_close(minus_mean_of_others(torch.tensor([1.0, 2.0, 6.0])), torch.tensor([-3.0, -1.5, 4.5]))
+
+
+def test_a_single_completion_keeps_its_score():
+    assert minus_mean_of_others(torch.tensor([2.0])).tolist() == [2.0]
