@@ -275,7 +275,14 @@ def test_a_missing_end_of_turn_replaces_the_score(chat):
     assert rollout.scores.tolist() == [2.0, 3.0, -4.0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gamma": 0.9, "gae_lambda": 0.5, "kl_coef": 0.3, "missing_eos_score": None}, {"gae_lambda": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gamma": 0.9, "gae_lambda": 0.5, "kl_coef": 0.3, "missing_eos_score": None},
+        {"gae_lambda": 0.95, "compare_completions": False},
+    ],
+)
 def test_advantages_of_a_round_are_the_brute_force_sums_whitened(changes, chat):
     """A_t = sum over k of (gamma lambda)^k delta_{t+k}, completion by completion; mean 0 and variance 1 over the round."""
     opened = stage(chat, **changes)
@@ -285,14 +292,17 @@ def test_advantages_of_a_round_are_the_brute_force_sums_whitened(changes, chat):
     raw, returns = [], []
     for rollout in rollouts:
         at = 0
-        for completion, score in zip(rollout.completions, rollout.scores.tolist(), strict=True):
+        cut = [c.ids[-1] not in STOPS and settings.missing_eos_score is not None for c in rollout.completions]
+        final = [settings.missing_eos_score if c else score for c, score in zip(cut, rollout.scores.tolist(), strict=True)]
+        if settings.compare_completions:
+            final = [score - (sum(final) - score) / (len(final) - 1) for score in final]
+        for completion, score in zip(rollout.completions, final, strict=True):
             length = len(completion.ids)
             part = slice(at, at + length)
             at += length
             kl, values = (rollout.old_logprobs - rollout.ref_logprobs)[part].tolist(), rollout.old_values[part].tolist()
             rewards = [-settings.kl_coef * k for k in kl]
-            cut_off = completion.ids[-1] not in STOPS and settings.missing_eos_score is not None
-            rewards[-1] += settings.missing_eos_score if cut_off else score
+            rewards[-1] += score
             deltas = [r + settings.gamma * v_next - v for r, v, v_next in zip(rewards, values, [*values[1:], 0.0], strict=True)]
             weight = settings.gamma * settings.gae_lambda
             own = [sum(weight ** (k - t) * deltas[k] for k in range(t, length)) for t in range(length)]
@@ -405,7 +415,10 @@ def test_a_constant_reward_keeps_kl_small(chat, tmp_path, monkeypatch):
 def test_explained_rewards_bring_the_values_near_the_returns(chat, tmp_path, monkeypatch):
     """A constant score of 2 and no KL penalty: every return is near 2, and so is the value in the end."""
     with_reward(monkeypatch, lambda ids: 2.0)
-    _, rounds = train(stage(chat, tmp_path, **{**TOY, "kl_coef": 0.0, "value_coef": 1.0, "learning_rate": 1e-30, "value_clip": 10.0}))
+    alone = {"compare_completions": False}
+    _, rounds = train(
+        stage(chat, tmp_path, **{**TOY, "kl_coef": 0.0, "value_coef": 1.0, "learning_rate": 1e-30, "value_clip": 10.0, **alone})
+    )
     assert abs(rounds[0]["value"] - 2) > 0.5
     assert abs(rounds[-1]["value"] - 2) < 0.2
 
