@@ -46,7 +46,7 @@ def test_what_must_be_true_at_step_0_is(run):
     assert abs(checks["dpo"]["margin_at_start"]) < 1e-4
     assert checks["ppo"]["kl_at_start"] == 0
     assert checks["ppo"]["ratio_off_1_at_start"] == 0
-    assert len(checks["reward"]["probe_scores"]) >= 4
+    assert len(checks["reward"]["probe_scores"]) == 16
 
 
 @pytest.mark.slow

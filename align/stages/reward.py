@@ -73,7 +73,7 @@ def run(job: Job) -> Result:
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
-    probes = save_probes(trainee.trunk, trainee.role, (data.heldout or data.training)[:PROBE_PAIRS], job.work)
+    probes = save_probes(trainee.trunk, trainee.role, (data.heldout + data.training)[:PROBE_PAIRS], job.work)
     facts = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result(
