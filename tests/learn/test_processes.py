@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 import torch
