@@ -5,7 +5,7 @@ Dimension words: `length` tokens in a row, `completion` its completions, `predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -161,9 +161,3 @@ def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) ->
     order = torch.randperm(count, generator=generator).tolist()
     starts = accumulate([batch_size] * (-(-count // batch_size) - 1), initial=0)
     return [order[start : start + batch_size] for start in starts] if count else []
-
-
-def by_example(row: Row, per_completion: Tensor, read: Callable[[Tensor], float | list[float]]) -> dict[int, float | list[float]]:
-    """Per-completion numbers of a row, keyed by the example's index and read out with `read`."""
-    sizes = [len(example.completions) for example in row.examples]
-    return {example.index: read(part) for example, part in zip(row.examples, per_completion.split(sizes), strict=True)}
