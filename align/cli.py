@@ -7,8 +7,9 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError
 
@@ -58,8 +59,11 @@ def _dispatch(arguments: list[str]) -> None:
     chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    _inspect_options(commands)
     options = parser.parse_args(arguments)
-    if options.command == "show":
+    if options.command == "inspect":
+        _inspect(options)
+    elif options.command == "show":
         from align.show import show_run
 
         show_run(options.run)
@@ -68,6 +72,43 @@ def _dispatch(arguments: list[str]) -> None:
 
         talk(options.policy, options.against, options.system, options.temperature, options.max_new_tokens, options.seed)
     return None
+
+
+def _inspect_options(commands: Any) -> None:
+    look = commands.add_parser(
+        "inspect",
+        help="what a data file holds: its format, what would be trained on, what would not and why",
+        description="Show how a source of rows is understood: format and mapping, counts, problems with their places, tokens, examples "
+        "with every trained token marked. Files: .json .jsonl .csv .tsv .parquet .txt, each also .gz or .zst.",
+    )
+    look.add_argument("source", help="a file, a folder, a glob or a hub id")
+    look.add_argument("--kind", choices=("conversation", "preference", "prompt"), help="what the rows must be (default: what they are)")
+    look.add_argument("--columns", metavar="OURS=THEIRS,...", help="name the columns yourself: prompt=question,completion=reply")
+    look.add_argument("--stage", choices=("sft", "reward", "dpo", "ppo", "evaluate"), help="show exactly what this stage would see")
+    look.add_argument("--base", default="embedded", help="whose tokenizer and chat template to use (default: embedded)")
+    look.add_argument("--max-length", type=int, default=1024, help="longest example in tokens (default: 1024)")
+    look.add_argument("--on-overlong", choices=("error", "drop", "shorten_prompt", "cut_completion"), default="drop", help="default: drop")
+    look.add_argument("--train-on", choices=("all", "last"), default="all", help="sft: every turn of the assistant, or its last (default: all)")
+    look.add_argument("--examples", type=int, default=2, help="rendered examples to show (default: 2)")
+    look.add_argument("--near-duplicates", type=float, nargs="?", const=0.8, metavar="SHARE", help="count texts this alike (0.8 if not said)")
+    look.add_argument("--against", action="append", default=[], metavar="FILE", help="count prompts that this file has too; repeatable")
+    look.add_argument("--split", help="of a hub data set (default: train)")
+    look.add_argument("--revision", help="of a hub data set: branch, tag or commit")
+    look.add_argument("--config", help="of a hub data set that has several")
+    look.add_argument("--out", type=Path, metavar="FILE", help="write the converted records as JSONL")
+    look.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from align.data.sources import as_sources
+    from align.inspect import Wanted, columns_of, inspect
+
+    given = {"split": options.split, "revision": options.revision, "config": options.config, "columns": columns_of(options.columns)}
+    (source,) = as_sources(options.source, "align inspect")
+    source = replace(source, **{name: value for name, value in given.items() if value is not None})
+    names = ("kind", "stage", "base", "max_length", "on_overlong", "train_on", "examples", "against", "out")
+    chosen = {name: getattr(options, name) for name in names}
+    inspect(Wanted(source, near=options.near_duplicates, as_json=options.json, **chosen))
 
 
 def _run_script(script: Path, arguments: list[str]) -> None:
@@ -130,7 +171,7 @@ def _settings_help(recipe: Recipe) -> str:
     lines = []
     for stage in recipe.stages.values():
         lines += ["", f"{stage.name}: {(type(stage.settings).__doc__ or '').strip()}"]
-        lines += [f"  {stage.name}.{role}=FILE  (now {path})" for role, (path, _) in stage.files.items()]
+        lines += [f"  {stage.name}.{role}=FILE  (now {', '.join(source.path for source in sources)})" for role, (sources, _) in stage.data.items()]
         for name, default, kind, meaning in help_lines(type(stage.settings), stage.name, stage.settings):
             lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
     return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.tracker: of the whole recipe"])

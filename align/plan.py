@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.artifact import ARCHIVE, FACTS, FORMAT, Artifact, identity_of
-from align.base import Base, file_sha256, find_base
+from align.base import Base, find_base
+from align.data.mix import Data, load_data
 from align.errors import AlignError
-from align.files import data_file
 from align.recipe import BASE, Recipe, Stage
-from align.records import Row, read_rows
 from align.settings import Training
 
 PARTIAL = ".partial"
@@ -26,8 +25,7 @@ class Planned:
     stage: Stage
     identity: str
     base: Base
-    files: dict[str, Path]
-    data: dict[str, dict[str, Any]]  # input -> path, sha256, rows, characters
+    data: dict[str, Data]  # input -> its records
     parents: dict[str, dict[str, Any] | None]  # role -> name, identity, path; None for the base
     final: Path
     work: Path
@@ -46,7 +44,7 @@ class Planned:
         """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet."""
         settings = self.stage.settings
         if isinstance(settings, Training):
-            rows = next(iter(self.data.values()))["rows"] * (1 - settings.holdout)
+            rows = len(next(iter(self.data.values()))) * (1 - settings.holdout)
             return max(1, round(settings.epochs * rows / settings.batch_size))
         return getattr(settings, "iterations", 1)
 
@@ -84,12 +82,13 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
 
 
 def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
-    files = {role: data_file(path, f"{stage.name}.{role}") for role, (path, _) in stage.files.items()}
-    data = {role: _look_at(path, stage.files[role][1]) for role, path in files.items()}
-    if stage.kind == "reward" and "demonstrations" not in files:
+    data = {role: load_data(sources, kind, f"{stage.name}.{role}") for role, (sources, kind) in stage.data.items()}
+    for role, rows in data.items():
+        rows.refuse_if_too_bad(getattr(stage.settings, "max_bad_rows", 0.0), f"{stage.name}.{role}")
+    if stage.kind == "reward" and "demonstrations" not in data:
         below = plans.get(stage.inputs["policy"].name) if stage.inputs["policy"].recipe else None
-        if below and "data" in below.files:  # scores are centred on what the policy below was shown
-            files["demonstrations"], data["demonstrations"] = below.files["data"], below.data["data"]
+        if below and "data" in below.data:  # scores are centred on what the policy below was shown
+            data["demonstrations"] = below.data["data"]
     parents: dict[str, dict[str, Any] | None] = {}
     for role, handle in stage.inputs.items():
         if handle is BASE:
@@ -111,19 +110,13 @@ def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: d
             "base": base.identity,
             "dtype": dtype,
             "parents": {role: parent and parent["identity"] for role, parent in parents.items()},
-            "data": {role: facts["sha256"] for role, facts in data.items()},
+            "data": {role: rows.identity for role, rows in data.items()},
         }
     )
     work = run / PARTIAL / f"{stage.name}-{identity[:12]}"
-    planned = Planned(stage, identity, base, files, data, parents, run / stage.name, work)
+    planned = Planned(stage, identity, base, data, parents, run / stage.name, work)
     _find_state(planned, run, dtype, again)
     return planned
-
-
-def _look_at(path: Path, kind: type[Row]) -> dict[str, Any]:
-    """A data file's hash and size, after every row of it was read and checked."""
-    rows = read_rows(path, kind)
-    return {"path": str(path), "sha256": file_sha256(path), "rows": len(rows), "bytes": path.stat().st_size}
 
 
 def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> None:
@@ -150,7 +143,7 @@ def _difference(planned: Planned, dtype: str | None) -> str:
     assert planned.former is not None
     facts, now = planned.former.facts, planned.stage.settings.model_dump(mode="json")
     changes = [f"{key} {facts['settings'].get(key)} -> {now[key]}" for key in now if facts["settings"].get(key) != now[key]]
-    changes += [f"data {role}" for role, look in planned.data.items() if facts["data"].get(role, {}).get("sha256") != look["sha256"]]
+    changes += [f"data {role}" for role, rows in planned.data.items() if facts["data"].get(role, {}).get("sha256") != rows.identity]
     for role, parent in planned.parents.items():
         before = facts["parents"].get(role)
         if (before and before["identity"]) != (parent and parent["identity"]):

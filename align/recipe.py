@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import Artifact
+from align.data.sources import Source, as_sources
 from align.errors import AlignError
 from align.overrides import build, parse_override, replace_in
-from align.records import Conversation, Preference, Prompt, Row
+from align.records import Kind
 from align.settings import DPOSettings, EvaluateSettings, PPOSettings, RewardSettings, Settings, SFTSettings
 
 DTYPES = ("bfloat16", "float32")
@@ -20,7 +21,10 @@ RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may no
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
-OPTIONAL_FILES: dict[str, dict[str, type[Row]]] = {"reward": {"demonstrations": Conversation}}
+OPTIONAL_DATA: dict[str, dict[str, Kind]] = {"reward": {"demonstrations": "conversation"}}
+
+
+Rows = str | os.PathLike | Source | Mapping[str, Any] | Sequence[Any]  # what data=, preferences= and prompts= take
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Stage:
     makes: type[Handle]
     settings: Settings
     inputs: dict[str, Handle]
-    files: dict[str, tuple[str, type[Row]]]  # input -> (file as written, what its rows must be)
+    data: dict[str, tuple[tuple[Source, ...], Kind]]  # input -> (where its rows are, what they must become)
 
 
 class Recipe:
@@ -91,17 +95,17 @@ class Recipe:
 
     # Stages -----------------------------------------------------------------------------------------------------------
 
-    def sft(self, *, data: str | os.PathLike, policy: Policy = BASE, name: str = "sft", **settings: Any) -> Policy:
-        """Supervised fine-tuning of a policy on conversations (columns `messages`, or `prompt` and `completion`)."""
+    def sft(self, *, data: Rows, policy: Policy = BASE, name: str = "sft", **settings: Any) -> Policy:
+        """Supervised fine-tuning of a policy on conversations (any format `align inspect` knows)."""
         inputs = {"policy": (policy, Policy)}
-        return self._declare(name, "sft", Policy, SFTSettings, inputs, {"data": (data, Conversation)}, settings)
+        return self._declare(name, "sft", Policy, SFTSettings, inputs, {"data": (data, "conversation")}, settings)
 
     def reward(
         self,
         *,
-        preferences: str | os.PathLike,
+        preferences: Rows,
         policy: Policy = BASE,
-        demonstrations: str | os.PathLike | None = None,
+        demonstrations: Rows | None = None,
         name: str = "reward",
         **settings: Any,
     ) -> RewardModel:
@@ -109,34 +113,34 @@ class Recipe:
 
         Its scores are centred on `demonstrations` (conversations), by default the data of the SFT stage it stands on.
         """
-        files: dict[str, tuple[Any, type[Row]]] = {"preferences": (preferences, Preference)}
+        data: dict[str, tuple[Any, Kind]] = {"preferences": (preferences, "preference")}
         if demonstrations is not None:
-            files["demonstrations"] = (demonstrations, Conversation)
-        return self._declare(name, "reward", RewardModel, RewardSettings, {"policy": (policy, Policy)}, files, settings)
+            data["demonstrations"] = (demonstrations, "conversation")
+        return self._declare(name, "reward", RewardModel, RewardSettings, {"policy": (policy, Policy)}, data, settings)
 
-    def dpo(self, *, preferences: str | os.PathLike, policy: Policy = BASE, name: str = "dpo", **settings: Any) -> Policy:
+    def dpo(self, *, preferences: Rows, policy: Policy = BASE, name: str = "dpo", **settings: Any) -> Policy:
         """Direct preference optimisation of a policy, with that policy as the reference."""
         inputs = {"policy": (policy, Policy)}
-        return self._declare(name, "dpo", Policy, DPOSettings, inputs, {"preferences": (preferences, Preference)}, settings)
+        return self._declare(name, "dpo", Policy, DPOSettings, inputs, {"preferences": (preferences, "preference")}, settings)
 
     def ppo(
         self,
         *,
         reward_model: RewardModel,
-        prompts: str | os.PathLike,
+        prompts: Rows,
         policy: Policy = BASE,
         name: str = "ppo",
         **settings: Any,
     ) -> Policy:
         """PPO of a policy against a reward model that stands on the same policy, with a KL penalty to where it starts."""
         inputs = {"policy": (policy, Policy), "reward_model": (reward_model, RewardModel)}
-        return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, Prompt)}, settings)
+        return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
 
     def evaluate(
         self,
         *,
         policies: Sequence[Policy],
-        prompts: str | os.PathLike,
+        prompts: Rows,
         reward_model: RewardModel,
         name: str = "evaluate",
         **settings: Any,
@@ -147,7 +151,7 @@ class Recipe:
             raise AlignError(f"{name}: 'policies' is {found}; give a list of at least one policy, such as policies=[sft, ppo].")
         inputs: dict[str, tuple[Any, type[Handle]]] = {f"policies.{i}": (policy, Policy) for i, policy in enumerate(policies)}
         inputs["reward_model"] = (reward_model, RewardModel)
-        return self._declare(name, "evaluate", Evaluation, EvaluateSettings, inputs, {"prompts": (prompts, Prompt)}, settings)
+        return self._declare(name, "evaluate", Evaluation, EvaluateSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
 
     def load(self, folder: str | os.PathLike) -> Any:
         """A policy or reward model from another run's folder, such as runs/a/sft."""
@@ -164,7 +168,7 @@ class Recipe:
         makes: type[Handle],
         settings_kind: type[Settings],
         inputs: Mapping[str, tuple[Any, type[Handle]]],
-        files: Mapping[str, tuple[Any, type[Row]]],
+        data: Mapping[str, tuple[Any, Kind]],
         settings: dict[str, Any],
     ) -> Any:
         if name in self.stages or name in RESERVED or not name.replace("_", "").replace("-", "").isalnum():
@@ -180,8 +184,8 @@ class Recipe:
         if "seed" in settings:
             self._own_seed.add(name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
-        paths = {role: (os.fspath(path), row) for role, (path, row) in files.items()}
-        self.stages[name] = Stage(name, kind, makes, checked, handles, paths)
+        sources = {role: (as_sources(given, f"{name}.{role}"), becomes) for role, (given, becomes) in data.items()}
+        self.stages[name] = Stage(name, kind, makes, checked, handles, sources)
         return makes(name, recipe=self)
 
     # Overrides --------------------------------------------------------------------------------------------------------
@@ -199,10 +203,11 @@ class Recipe:
         if name not in self.stages:
             raise AlignError(f"--set {text}: this recipe has no stage {name!r}. It has: {', '.join(self.stages)}, and recipe.")
         stage = self.stages[name]
-        takes = {role: row for role, (_, row) in stage.files.items()} | OPTIONAL_FILES.get(stage.kind, {})
+        takes = {role: becomes for role, (_, becomes) in stage.data.items()} | OPTIONAL_DATA.get(stage.kind, {})
         if rest[0] in takes and len(rest) == 1:
-            files = {**stage.files, rest[0]: (text.partition("=")[2].strip(), takes[rest[0]])}
-            self.stages[name] = replace(stage, files=files)
+            given = value if isinstance(value, list | dict) else text.partition("=")[2].strip()
+            data = {**stage.data, rest[0]: (as_sources(given, f"{name}.{rest[0]}"), takes[rest[0]])}
+            self.stages[name] = replace(stage, data=data)
         else:
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))
         return None

@@ -20,26 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from align.artifact import FORMAT, Artifact, archive, full_disk_explained, publish
-from align.base import Base
+from align.base import Base, loading_explained, local_model
 from align.curves import draw
+from align.data.mix import Data
 from align.errors import AlignError
 from align.plan import CHECKPOINT, Planned, make_plan
 from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
-from align.settings import Settings
+from align.settings import EvaluateSettings, PPOSettings, Settings, Training
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
 @dataclass
 class Job:
-    """What a stage is given: its settings, the artifacts and files it reads, and the folder it works in."""
+    """What a stage is given: its settings, the artifacts and records it reads, and the folder it works in."""
 
     name: str
     settings: Any
     base: Base
     parents: dict[str, Artifact | None]
-    files: dict[str, Path]
+    data: dict[str, Data]
     work: Path
     dtype: str | None = None
     tracker: Any = None
@@ -71,6 +72,7 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     make_plan(recipe, run, only, start)  # every mistake that can be seen beforehand is told before the folder is made
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)
+        check_data(recipe, [planned for planned in plans if planned.state in ("run", "resume")])
         (run / "run.json").write_text(json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n")
         for number, planned in enumerate(plans, 1):
             label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"
@@ -83,6 +85,29 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
             elif planned.state != "skip":
                 say(f"{label} {planned.reason}")
                 _run_stage(recipe, planned)
+
+
+def check_data(recipe: Recipe, plans: Sequence[Planned]) -> None:
+    """Turn every stage's rows into tokens, so that trouble with any of them stops the run before weights are loaded.
+
+    Raises:
+        AlignError: see `align.data.tokenise.prepare`.
+    """
+    if not plans:
+        return
+    from align.chat import Chat
+    from align.data.tokenise import prepare, prompt_ids
+
+    base = plans[0].base
+    location = local_model(base)
+    with loading_explained(base.source):
+        chat = Chat.load(location, base.revision if location == base.location else None)
+    for planned in plans:
+        name, settings, (role, data) = planned.stage.name, planned.stage.settings, next(iter(planned.data.items()))
+        if isinstance(settings, Training):
+            prepare(name, role, data, chat, settings)
+        elif isinstance(settings, PPOSettings | EvaluateSettings):
+            prompt_ids(name, data, chat, settings.max_bad_rows)
 
 
 def _ago(planned: Planned) -> str:
@@ -100,7 +125,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     gc.collect()  # the weights of the stage before
     _reset_peak_memory()
     with _tracker(recipe, planned) as tracker:
-        job = Job(stage.name, stage.settings, planned.base, parents, planned.files, planned.work, recipe.dtype, tracker)
+        job = Job(stage.name, stage.settings, planned.base, parents, planned.data, planned.work, recipe.dtype, tracker)
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     (planned.work / CHECKPOINT).unlink(missing_ok=True)
@@ -135,7 +160,7 @@ def describe(planned: Planned, dtype: str | None, result: Result, seconds: float
         "parents": planned.parents,
         "base": vars(planned.base),
         "dtype": dtype,
-        "data": {role: {**look, **result.data.get(role, {})} for role, look in planned.data.items()},
+        "data": {role: {**rows.facts, **result.data.get(role, {})} for role, rows in planned.data.items()},
         "model": result.model,
         "metrics": result.metrics,
         "checks": result.checks,

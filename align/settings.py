@@ -69,8 +69,24 @@ class Training(Optimiser):
     eval_every: int = Field(25, ge=1, description="Optimizer steps between evaluations on the held-out examples.")
     save_every: int = Field(20, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     max_length: int = Field(1024, ge=8, description="Longest example in tokens: the prompt and its longest completion.")
-    on_overlong: Literal["error", "drop"] = Field(
-        "drop", description="What becomes of examples over max_length. Their count is always shown."
+    on_overlong: Literal["error", "drop", "shorten_prompt", "cut_completion"] = Field(
+        "drop",
+        description="What becomes of examples over max_length: error stops; drop leaves them out; shorten_prompt leaves out early "
+        "turns; cut_completion cuts the completion and trains no end of the turn there. Their count is always shown.",
+    )
+    max_heldout: int = Field(1000, ge=1, description="Held-out examples that evaluations use; further ones are only kept out of training.")
+    near_duplicates: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Leave out examples whose text is this alike to an earlier one's (Jaccard of five-word shingles), such as 0.8.",
+    )
+    max_bad_rows: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="Largest share of bad rows that is left out (and written to rejected.jsonl); more stop the stage.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
     )
 
 
@@ -145,6 +161,9 @@ class PPOSettings(Optimiser):
         True, description="Sample from a copy with the adapters merged: about twice as fast, for one more copy of the weights."
     )
     save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
+    max_bad_rows: float = Field(
+        0.02, ge=0, le=1, description="Largest share of bad prompts that is left out; more stop the stage.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
 
 
 class EvaluateSettings(Settings):
@@ -156,3 +175,6 @@ class EvaluateSettings(Settings):
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; the KL is measured at it too.")
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
     seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
+    max_bad_rows: float = Field(
+        0.02, ge=0, le=1, description="Largest share of bad prompts that is left out; more stop the stage.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )

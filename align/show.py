@@ -43,7 +43,7 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
     }
     for planned in plans:
         parents = ", ".join(dict.fromkeys(parent["name"] if parent else "base" for parent in planned.parents.values()))
-        rows = ", ".join(f"{look['rows']} {role}" for role, look in planned.data.items())
+        rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
         took = f"{planned.seconds:.0f} s" if planned.seconds is not None else "not known"
         table.add_row(planned.stage.name, parents, rows, str(planned.steps), words[planned.state], escape(planned.reason), took)
     console.print(table)

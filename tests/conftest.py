@@ -141,6 +141,24 @@ def data(tmp_path_factory):
     return folder
 
 
+def read_records(path, kind):
+    """All records of a file, through the front door."""
+    from align.data.mix import load_data
+    from align.data.sources import Source
+
+    return list(load_data((Source(str(path)),), kind, "test").records())
+
+
+def heldout_records(path, kind, share, seed=0):
+    """(place, record) of those that the split holds out."""
+    from align.data.mix import is_heldout, load_data
+    from align.data.sources import Source
+
+    data = load_data((Source(str(path)),), kind, "test")
+    held = is_heldout(data.column("key"), share, seed)
+    return [(i, record) for i, record in enumerate(data.records()) if held[i]]
+
+
 SMALL = {"batch_size": 4, "row_tokens": 64, "save_every": 1, "eval_every": 2, "holdout": 0.2}
 
 

@@ -12,12 +12,17 @@ THINKING = (  # like templates that take the reasoning out of all turns but the 
     "{{ m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-DATED = "<|system|>\nturns: {{ messages | length }}<|end|>\n" + TEMPLATE  # its beginning depends on what follows
+DATED = "<|system|>\nturns: {{ messages | selectattr('role', 'equalto', 'user') | list | length }}<|end|>\n" + TEMPLATE
 
 
 def messages(*texts, system=None):
     turns = [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
     return [Message(role="system", content=system), *turns] if system else turns
+
+
+def preference(prompt, chosen, rejected):
+    prompt, chosen, rejected = messages(prompt), messages("", chosen)[1:], messages("", rejected)[1:]
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def with_template(template):
@@ -48,7 +53,7 @@ def test_trained_tokens_are_the_assistants_turns_with_the_token_that_ends_them(c
 @pytest.mark.parametrize("turns", [("say red", "red"), ("a", "b", "c", "d", "e", "f")])
 def test_an_example_holds_the_tokens_of_the_whole_conversation(chat, turns):
     example = chat.conversation(0, messages(*turns))
-    whole = chat.tokenizer.apply_chat_template([m.model_dump() for m in messages(*turns)], return_dict=False)
+    whole = chat.tokenizer.apply_chat_template(messages(*turns), return_dict=False)
     assert list(example.prompt + example.completions[0]) == whole[: whole.index(chat.end_of_turn, -3) + 1]
 
 
@@ -62,12 +67,12 @@ def test_a_turn_has_the_same_ids_trained_on_as_sampled_after_its_prompt(chat, tu
 
 
 def test_a_preference_is_its_prompt_and_both_replies_as_they_would_be_sampled(chat):
-    row = Preference(prompt="say red", chosen="red", rejected="a blue one")
+    row = preference("say red", "red", "a blue one")
     example = chat.preference(3, row)
-    assert (example.index, example.prompt) == (3, chat.prompt_ids(row.prompt))
-    for ids, reply in zip(example.completions, (row.chosen, row.rejected), strict=True):
-        assert ids == chat.conversation(0, [*row.prompt, *reply]).completions[0]
-        assert chat.text(ids) == reply[0].content
+    assert (example.index, example.prompt) == (3, chat.prompt_ids(row["prompt"]))
+    for ids, reply in zip(example.completions, (row["chosen"], row["rejected"]), strict=True):
+        assert ids == chat.conversation(0, [*row["prompt"], *reply]).completions[0]
+        assert chat.text(ids) == reply[0]["content"]
         assert ids[-1] == chat.end_of_turn
 
 
@@ -80,7 +85,7 @@ def test_a_control_token_in_a_text_is_refused(chat, token, place):
         chat.conversation(0, messages(*turns))
     assert token in str(error.value)
     with pytest.raises(UnfitMessages):
-        chat.preference(0, Preference(prompt=turns[0], chosen=turns[1], rejected="blue"))
+        chat.preference(0, preference(*turns, "blue"))
 
 
 @pytest.mark.parametrize("template", [THINKING, DATED], ids=["takes reasoning out", "counts turns"])
@@ -124,9 +129,9 @@ def test_a_padding_token_that_is_the_end_token_changes_no_example(chat):
     same = Chat.of(tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == same.end_of_turn
     conversation = messages("a", "b", "c", "d")
-    preference = Preference(prompt="say red", chosen="red", rejected="blue")
+    row = preference("say red", "red", "blue")
     assert same.conversation(0, conversation) == chat.conversation(0, conversation)
-    assert same.preference(0, preference) == chat.preference(0, preference)
+    assert same.preference(0, row) == chat.preference(0, row)
 
 
 def test_a_turn_may_end_with_a_special_token_other_than_the_end_of_text():

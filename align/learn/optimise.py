@@ -90,11 +90,24 @@ def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_no
     return norms
 
 
-def epoch_batches(examples: Sequence[Example], settings: Training, epoch: int) -> list[list[Row]]:
-    """An epoch's optimizer steps, each as rows. The same for the same seed, whatever came before."""
+class Batches(Sequence[list[Row]]):
+    """An epoch's optimizer steps, each as rows that are made when they are asked for."""
+
+    def __init__(self, examples: Sequence[Example], members: list[list[int]], row_tokens: int):
+        """`members` are the examples of each step."""
+        self.examples, self.members, self.row_tokens = examples, members, row_tokens
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, step):  # noqa: ANN001, ANN204
+        return pack([self.examples[i] for i in self.members[step]], self.row_tokens)
+
+
+def epoch_batches(examples: Sequence[Example], settings: Training, epoch: int) -> Batches:
+    """An epoch's optimizer steps. The same for the same seed, whatever came before."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    batches = shuffled_batches(len(examples), settings.batch_size, generator)
-    return [pack([examples[i] for i in batch], settings.row_tokens) for batch in batches]
+    return Batches(examples, shuffled_batches(len(examples), settings.batch_size, generator), settings.row_tokens)
 
 
 def count_steps(examples: int, settings: Training) -> int:
@@ -148,7 +161,8 @@ def train(
     start, extra = load_checkpoint(folder, parameters, optimizer)
     last: dict[str, float] = extra.get("heldout", {})
     meter.begin(steps, start)
-    epoch, batches = -1, list[list[Row]]()
+    epoch = -1
+    batches: Sequence[list[Row]] = []
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch

@@ -64,10 +64,10 @@ def packed_attention(
 
 
 class _RowAttention(torch.autograd.Function):
-    """softmax(q k^T) v for each block of the row, keeping the log of the softmax's sum instead of its weights.
+    """softmax(q k^T) v for each block of the row; the backward pass makes the weights again instead of keeping them.
 
-    Dao et al. 2022 (arXiv 2205.14135) without the tiling: blocks are short, and plain batched products beat the processor's
-    flash kernel on them. Queries that share a key head are laid side by side, so keys and values are never repeated.
+    Blocks are short, so plain batched products and one fused softmax beat the processor's flash kernel (Dao et al. 2022,
+    arXiv 2205.14135) on them. Queries that share a key head are laid side by side, so keys and values are never repeated.
     """
 
     @staticmethod
@@ -75,35 +75,27 @@ class _RowAttention(torch.autograd.Function):
         heads, length, size = query.shape
         grouped = query.reshape(len(key), heads // len(key), length, size)
         output = torch.empty_like(grouped)
-        log_sum = torch.empty(grouped.shape[:3], dtype=torch.float32, device=query.device)
         for at, places in _blocks(segments):
-            q, k, v = _flat(grouped, at), _take(key, places), _take(value, places)
-            scores = _scores(q, k, scaling, at, window)
-            total = torch.logsumexp(scores, dim=-1, keepdim=True)
-            weights = scores.sub_(total).exp_().to(v.dtype)
-            output[:, :, at] = torch.bmm(weights, v).view(output[:, :, at].shape)
-            log_sum[:, :, at] = total.view(log_sum[:, :, at].shape)
-        ctx.save_for_backward(grouped, key, value, output, log_sum)
+            weights = _weights(_flat(grouped, at), _take(key, places), scaling, at, window)
+            output[:, :, at] = torch.bmm(weights, _take(value, places)).view(output[:, :, at].shape)
+        ctx.save_for_backward(grouped, key, value)
         ctx.rest = (scaling, window, segments)
         return output.view(heads, length, size)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grouped, key, value, output, log_sum = ctx.saved_tensors
+        grouped, key, value = ctx.saved_tensors
         scaling, window, segments = ctx.rest
         grad = grad.reshape(grouped.shape)
-        inner = (grad * output).sum(-1, dtype=torch.float32)
         d_query, d_key, d_value = torch.empty_like(grouped), torch.zeros_like(key), torch.zeros_like(value)
         for at, places in _blocks(segments):
             q, k, v, g = _flat(grouped, at), _take(key, places), _take(value, places), _flat(grad, at)
-            scores = _scores(q, k, scaling, at, window)
-            weights = scores.sub_(_flat(log_sum[..., None], at)).exp_()
-            _add(d_value, places, torch.bmm(weights.to(v.dtype).transpose(1, 2), g))
-            d_weights = torch.bmm(g, v.transpose(1, 2)).float().sub_(_flat(inner[..., None], at))
-            d_scores = weights.mul_(d_weights).mul_(scaling).to(q.dtype)
+            weights = _weights(q, k, scaling, at, window)
+            _add(d_value, places, torch.bmm(weights.transpose(1, 2), g))
+            d_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
             d_query[:, :, at] = torch.bmm(d_scores, k).view(d_query[:, :, at].shape)
             _add(d_key, places, torch.bmm(d_scores.transpose(1, 2), q))
-        return d_query.view(-1, *d_query.shape[2:]), d_key, d_value, None, None, None
+        return d_query.mul_(scaling).view(-1, *d_query.shape[2:]), d_key.mul_(scaling), d_value, None, None, None
 
 
 def _blocks(segments: tuple[Segment, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
@@ -134,20 +126,28 @@ def _add(tensor: Tensor, places: tuple[slice, ...], grad: Tensor) -> None:
         start += size
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float, at: slice, window: int | None) -> Tensor:
-    """Scaled products in float32, -inf where a query may not see. Shape (key heads, group * block, keys)."""
-    scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scaling)
+def _weights(query: Tensor, key: Tensor, scaling: float, at: slice, window: int | None) -> Tensor:
+    """Attention weights of a block, 0 where a query may not see. Shape (key heads, group * block, keys), in the query's type."""
+    scores = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
     queries, keys = at.stop - at.start, key.shape[1]
-    hidden = _hidden(queries, keys, window if window is not None and window < keys else None, query.device)
-    scores.view(len(scores), -1, queries, keys).masked_fill_(hidden, float("-inf"))
-    return scores
+    by_query = scores.view(len(scores), -1, queries, keys)
+    if window is None or window >= keys:  # every query sees the whole prompt: only the block itself has a future
+        by_query[..., keys - queries :] += _mask(queries, None, query.dtype, query.device)[:queries, :queries]
+    else:
+        by_query += _mask(keys, window, query.dtype, query.device)[keys - queries : keys, :keys]
+    return torch.softmax(scores, dim=-1)
 
 
-@lru_cache(maxsize=64)
-def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may not see a key: the future, and what is further back than the window."""
-    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    return (behind < 0) if window is None else (behind < 0) | (behind >= window)
+def _mask(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a token sees another, -inf for the future and for what is further back than the window. At least (size, size)."""
+    return _whole_mask(-(-size // 256) * 256, window, dtype, device)
+
+
+@lru_cache(maxsize=8)
+def _whole_mask(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    behind = torch.arange(size, device=device)[:, None] - torch.arange(size, device=device)[None]
+    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+    return torch.zeros(size, size, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align.data.tokenise import prepare
 from align.errors import AlignError
 from align.learn.losses import PairLogps, dpo_loss, implicit_rewards
 from align.learn.optimise import Sums, Totals, epoch_batches, evaluate, train
@@ -18,10 +20,9 @@ from align.model.load import Trainee, open_trainee, own_model, save_model
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role
 from align.progress import say
-from align.records import Preference
 from align.run import Job, Result
 from align.settings import DPOSettings
-from align.stages.reward import agreement, baselines, prepare_preferences
+from align.stages.reward import agreement, baselines
 
 REFERENCE = "reference_logps.safetensors"
 LOSS_AT_START = {  # of a policy that equals its reference; simpo has no reference
@@ -36,9 +37,9 @@ LOSS_AT_START = {  # of a policy that equals its reference; simpo has no referen
 class DirectPreference:
     """A loss of the DPO family averaged over the pairs of the optimizer step, and optionally SFT on the chosen completions."""
 
-    def __init__(self, trainee: Trainee, rows: list[Preference], reference: Tensor, settings: DPOSettings):
-        """Learn the trainee's role; `reference` holds (chosen, rejected) log-probabilities by the row's index."""
-        self.trainee, self.rows, self.reference, self.settings = trainee, rows, reference, settings
+    def __init__(self, trainee: Trainee, probability: Tensor, reference: Tensor, settings: DPOSettings):
+        """Learn the trainee's role; labels and the reference's (chosen, rejected) log-probabilities are by the example's index."""
+        self.trainee, self.probability, self.reference, self.settings = trainee, probability, reference, settings
 
     def totals(self, examples: Sequence[Example]) -> Totals:
         """Pairs, and tokens of chosen completions for the SFT term."""
@@ -48,7 +49,7 @@ class DirectPreference:
         """The row's share of the loss, and the implicit rewards."""
         settings = self.settings
         logps = pair_logps(self.trainee, self.trainee.role, row, self.reference)
-        probability = logps.chosen.new_tensor([self.rows[i].chosen_probability for i in row.indices])
+        probability = self.probability[row.indices].to(logps.chosen.device)
         losses = dpo_loss(settings.loss, logps, probability, settings.beta, settings.simpo_gamma)
         loss = losses.sum() / totals["pairs"] - settings.sft_weight * logps.chosen.sum() / totals["chosen_tokens"]
         chosen, rejected = (settings.beta * reward.detach() for reward in implicit_rewards(logps))
@@ -70,7 +71,7 @@ def pair_logps(trainee: Trainee, role: Role, row: Row, reference: Tensor) -> Pai
     return PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
 
 
-def reference_logps(trainee: Trainee, rows: Sequence[Row], count: int, path: Path) -> Tensor:
+def reference_logps(trainee: Trainee, rows: Iterable[Row], count: int, path: Path) -> Tensor:
     """The reference's (chosen, rejected) log-probabilities by index, made once and kept in the artifact. Shape (count, 2).
 
     They are computed on the very rows that training begins with, so that the first step's log-ratios are 0 to the bit.
@@ -92,12 +93,11 @@ def run(job: Job) -> Result:
     """Train an adapter (or all weights) on preferences."""
     settings: DPOSettings = job.settings
     trainee = open_trainee(job)
-    data = prepare_preferences(job, trainee, job.files["preferences"])
+    data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
     first_epoch = epoch_batches(data.training, settings, 0)
-    rows = [row for batch in first_epoch for row in batch] + pack(data.heldout, settings.row_tokens)
     say(f"  {job.name}: log-probabilities of the reference")
-    reference = reference_logps(trainee, rows, len(data.rows), job.work / REFERENCE)
-    objective = DirectPreference(trainee, data.rows, reference, settings)
+    reference = reference_logps(trainee, chain(*first_epoch, pack(data.heldout, settings.row_tokens)), len(data.where), job.work / REFERENCE)
+    objective = DirectPreference(trainee, data.probability, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)
     trainee.trunk.dropout = True
     meter = job.meter("loss", "accuracy", "heldout_accuracy")

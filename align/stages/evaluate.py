@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from statistics import fmean, pstdev, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from align.model.generate import Completion
 from align.model.load import Sampler, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
-from align.records import Prompt, read_rows, write_jsonl
+from align.records import Prompt, write_jsonl
 from align.run import Job, Result
 from align.settings import EvaluateSettings
 
@@ -38,7 +38,7 @@ class Answers:
 def run(job: Job) -> Result:
     """Sample, score and compare."""
     settings: EvaluateSettings = job.settings
-    rows = read_rows(job.files["prompts"], Prompt)[: settings.max_prompts]
+    rows = cast("list[Prompt]", list(job.data["prompts"].records(settings.max_prompts)))
     policies = [job.parents[role] for role in job.parents if role.startswith("policies.")]
     reward = job.parents["reward_model"]
     assert reward is not None
@@ -77,7 +77,7 @@ def _answer(
     name: str, policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str
 ) -> Answers:
     role = load_role(trunk, policy)
-    prompts = [chat.prompt_ids(row.prompt) for row in rows]
+    prompts = [chat.prompt_ids(row["prompt"], row.get("tools")) for row in rows]
     completions = Sampler(trunk).sample(
         role,
         prompts,
@@ -177,7 +177,7 @@ def sample_rows(rows: list[Prompt], answers: list[Answers]) -> list[dict[str, An
     """For each prompt what every policy answered, with its score."""
     return [
         {
-            "prompt": [message.model_dump() for message in row.prompt],
+            "prompt": row["prompt"],
             "answers": {
                 answer.name: [
                     {"text": t, "score": s, "ended": c.ended}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align.artifact import Artifact
+from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.learn.advantages import generalised_advantages, k3, minus_mean_of_others, token_rewards, whiten
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
@@ -35,7 +36,7 @@ from align.model.load import (
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Head, Role, Trunk
 from align.progress import say
-from align.records import Prompt, read_rows, write_jsonl
+from align.records import write_jsonl
 from align.run import Job, Result
 from align.settings import Lora, PPOSettings
 
@@ -109,11 +110,10 @@ def add_value(trunk: Trunk, reward: Role, artifact: Artifact, seed: int) -> Role
 
 
 def _prompt_ids(job: Job, trainee: Trainee) -> list[tuple[int, ...]]:
-    rows = read_rows(job.files["prompts"], Prompt)
-    prompts = [trainee.chat.prompt_ids(row.prompt) for row in rows]
+    prompts = prompt_ids(job.name, job.data["prompts"], trainee.chat, job.settings.max_bad_rows, job.work)
     kept = [prompt for prompt in prompts if len(prompt) <= job.settings.max_prompt_tokens]
     if not kept:
-        raise AlignError(f"{job.files['prompts']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens}).")
+        raise AlignError(f"{job.data['prompts'].facts['path']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens}).")
     say(f"  {job.name}: {len(kept)} prompts, {len(prompts) - len(kept)} over max_prompt_tokens and left out")
     return kept
 

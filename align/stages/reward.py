@@ -9,25 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.examples import Examples, prepare
+from align.data.tokenise import Examples, prepare, render
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
 from align.model.forward import forward_head
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
-from align.records import Conversation, Preference, first_user_turn, read_rows
 from align.run import Job, Result
 from align.settings import RewardSettings
 
 PROBE_PAIRS = 8
+DEMONSTRATIONS = 1000  # completions that scores are centred on, at most
 
 
 class BradleyTerry:
     """Cross-entropy of each pair's probability, averaged over the pairs of the optimizer step."""
 
-    def __init__(self, trainee: Trainee, rows: list[Preference], settings: RewardSettings):
-        """Learn the trainee's role on rows that examples refer to by index."""
-        self.trainee, self.rows, self.settings = trainee, rows, settings
+    def __init__(self, trainee: Trainee, probability: Tensor, margin: Tensor, settings: RewardSettings):
+        """Learn the trainee's role; `probability` and `margin` hold the pairs' labels by the example's index."""
+        self.trainee, self.probability, self.margin, self.settings = trainee, probability, margin, settings
 
     def totals(self, examples: Sequence[Example]) -> Totals:
         """Pairs."""
@@ -37,8 +37,8 @@ class BradleyTerry:
         """The row's share of the loss, and how often the score agrees with the label (where the label says anything)."""
         scores = forward_head(self.trainee.trunk, self.trainee.role, row).scores
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        probability = scores.new_tensor([self.rows[i].chosen_probability for i in row.indices])
-        margin = scores.new_tensor([self.rows[i].margin if self.settings.margins else 0.0 for i in row.indices])
+        probability = self.probability[row.indices].to(scores.device)
+        margin = self.margin[row.indices].to(scores.device) * self.settings.margins
         losses = bradley_terry_loss(chosen, rejected, probability, margin, self.settings.centering)
         return losses.sum() / totals["pairs"], {
             "loss": (float(losses.detach().sum()), len(losses)),
@@ -60,10 +60,9 @@ def run(job: Job) -> Result:
     """Train a reward model, centre its scores, and record probe scores."""
     settings: RewardSettings = job.settings
     trainee = open_trainee(job, wants_head=True)
-    path = job.files["preferences"]
-    data = prepare_preferences(job, trainee, path)
-    checks = {"change_at_start": largest_change_at_start(trainee, data.training[:2]) if trainee.adapter else 0.0}
-    objective = BradleyTerry(trainee, data.rows, settings)
+    data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
+    checks = {"change_at_start": largest_change_at_start(trainee, list(data.training[:2])) if trainee.adapter else 0.0}
+    objective = BradleyTerry(trainee, data.probability, data.margin, settings)
     trainee.trunk.dropout = True
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
@@ -73,7 +72,7 @@ def run(job: Job) -> Result:
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
-    probes = save_probes(trainee.trunk, trainee.role, (data.heldout + data.training)[:PROBE_PAIRS], job.work)
+    probes = save_probes(trainee.trunk, trainee.role, [*data.heldout[:PROBE_PAIRS], *data.training[:PROBE_PAIRS]][:PROBE_PAIRS], job.work)
     facts = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result(
@@ -85,21 +84,15 @@ def run(job: Job) -> Result:
     )
 
 
-def prepare_preferences(job: Job, trainee: Trainee, path: Path) -> Examples[Preference]:
-    """Preferences as examples of two completions, chosen first."""
-    rows = read_rows(path, Preference)
-    return prepare(job.name, path, rows, trainee.chat.preference, lambda row: first_user_turn(row.prompt), job.settings)
-
-
-def _centre(job: Job, trainee: Trainee, data: Examples[Preference]) -> tuple[float, str]:
+def _centre(job: Job, trainee: Trainee, data: Examples) -> tuple[float, str]:
     """Subtract the mean score of the demonstrations (Huang et al. 2024, arXiv 2403.17031), or of the chosen completions."""
-    if "demonstrations" in job.files:
-        rows = read_rows(job.files["demonstrations"], Conversation)
-        examples = [trainee.chat.conversation(i, row.messages, last_turn_only=True) for i, row in enumerate(rows)]
-        examples = [example for example in examples if example.longest <= job.settings.max_length]
+    if "demonstrations" in job.data:
+        records = job.data["demonstrations"].records(limit=DEMONSTRATIONS)
+        rendered = [r for record in records for r in render(trainee.chat, "conversation", record, job.settings.max_length, "drop", "last")]
+        examples = [example for example, _, _ in rendered if example]
         what = "demonstrations"
     else:
-        examples = [Example(e.index, e.prompt, e.completions[:1]) for e in data.training]
+        examples = [Example(e.index, e.prompt, e.completions[:1]) for e in data.training[:DEMONSTRATIONS]]
         what = "chosen completions"
     scores = score(trainee, examples, job.settings.row_tokens)
     head = trainee.trunk.heads[job.name]
@@ -114,9 +107,9 @@ def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
         return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
 
 
-def baselines(data: Examples[Preference], heldout: dict[str, float]) -> dict[str, float | list[float]]:
+def baselines(data: Examples, heldout: dict[str, float]) -> dict[str, float | list[float]]:
     """The interval of the held-out accuracy, and what 'the longer one' would reach on the same pairs."""
-    pairs = [(e, data.rows[e.index].chosen_probability) for e in data.heldout]
+    pairs = [(e, float(data.probability[e.index])) for e in data.heldout]
     decided = [(e, p) for e, p in pairs if p != 0.5]
     if not decided:
         return {}

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from align.errors import AlignError
-from align.examples import Examples, prepare
+from align.data.tokenise import prepare
 from align.learn.optimise import Sums, Totals, evaluate, train
 from align.model.forward import forward
 from align.model.load import Trainee, largest_change_at_start, open_trainee, own_model, save_model
 from align.model.packing import Example, Row
-from align.records import Conversation, first_user_turn, read_rows
 from align.run import Job, Result
 
 
@@ -38,20 +36,8 @@ def run(job: Job) -> Result:
     """Train an adapter (or all weights) on conversations."""
     settings = job.settings
     trainee = open_trainee(job)
-    path = job.files["data"]
-    rows = read_rows(path, Conversation)
-    data: Examples[Conversation] = prepare(
-        job.name,
-        path,
-        rows,
-        lambda index, row: trainee.chat.conversation(index, row.messages, last_turn_only=settings.train_on == "last"),
-        lambda row: first_user_turn(row.messages),
-        settings,
-    )
-    checks = {
-        "unsupervised_ends": _check_ends(data, trainee),
-        "change_at_start": largest_change_at_start(trainee, data.training[:2]),
-    }
+    data = prepare(job.name, "data", job.data["data"], trainee.chat, settings, job.work)  # every trained turn ends with its end token
+    checks = {"change_at_start": largest_change_at_start(trainee, list(data.training[:2]))}
     objective = Likelihood(trainee)
     before = evaluate(objective, data.heldout, settings.row_tokens)
     trainee.trunk.dropout = True
@@ -62,19 +48,3 @@ def run(job: Job) -> Result:
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     before = {f"{name}_before": number for name, number in before.items()}
     return Result("policy", model, {**before, **metrics}, checks, {"data": data.facts})
-
-
-def _check_ends(data: Examples[Conversation], trainee: Trainee) -> int:
-    """Every run of trained tokens must end with the token that ends a turn; returns how many do not, which is 0.
-
-    Raises:
-        AlignError: naming the first row where one does not.
-    """
-    end = trainee.chat.end_of_turn
-    for example in [*data.training, *data.heldout]:
-        ids, trained = example.completions[0], example.trained[0]
-        for at, counts in enumerate(trained):
-            last = counts and (at + 1 == len(trained) or not trained[at + 1])
-            if last and ids[at] != end:
-                raise AlignError(f"{data.where[example.index]}: a trained turn does not end with the end-of-turn token (id {end}).")
-    return 0

@@ -14,7 +14,6 @@ from align.learn.checkpoint import load_checkpoint
 from align.learn.optimise import Means, count_steps, epoch_batches, evaluate, learning_rate, make_optimizer, train, update
 from align.model.packing import Example
 from align.progress import Meter
-from align.records import Message, Preference
 from align.settings import DPOSettings, RewardSettings, SFTSettings
 from align.stages.dpo import DirectPreference
 from align.stages.reward import BradleyTerry
@@ -41,22 +40,15 @@ def pairs(count, seed=0):
     return [Example(a.index, a.prompt, (a.completions[0], b.completions[0])) for a, b in zip(one, other, strict=True)]
 
 
-def preferences(count):
-    message = [Message(role="user", content="x")]
-    replies = [[Message(role="assistant", content=text)] for text in "ab"]
-    return [
-        Preference(prompt=message, chosen=replies[0], rejected=replies[1], chosen_probability=(1.0, 0.7, 0.2)[i % 3]) for i in range(count)
-    ]
-
-
 def objective_of(kind, trainee, settings):
     if kind == "sft":
         return Likelihood(trainee)
     if kind == "reward":
-        return BradleyTerry(trainee, preferences(24), settings)
-    return DirectPreference(trainee, preferences(24), torch.linspace(-60, -20, 48).view(24, 2), settings)
+        return BradleyTerry(trainee, PROBABILITIES, torch.zeros(24), settings)
+    return DirectPreference(trainee, PROBABILITIES, torch.linspace(-60, -20, 48).view(24, 2), settings)
 
 
+PROBABILITIES = torch.tensor([1.0, 0.7, 0.2] * 8)
 KINDS = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import randomise, read_records
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -20,7 +20,6 @@ from align.model.load import Trainee
 from align.model.packing import make_row, pack
 from align.model.trunk import Head, Role, Trunk
 from align.progress import Meter
-from align.records import Conversation, Preference, read_rows
 from align.settings import DPOSettings, RewardSettings, SFTSettings
 from align.stages.dpo import DirectPreference, reference_logps
 from align.stages.reward import BradleyTerry
@@ -191,15 +190,19 @@ def compare(what, ours, theirs, relative=1e-4):
 
 def sft_case(case, folder):
     """TRL renders, tokenises and masks the conversations itself where the template marks the assistant's turns."""
-    rows = read_rows(written(folder / "chat.jsonl", case.conversations), Conversation)
-    examples = [case.chat.conversation(i, row.messages) for i, row in enumerate(rows)]
+    rows = read_records(written(folder / "chat.jsonl", case.conversations), "conversation")
+    examples = [case.chat.conversation(i, row["messages"]) for i, row in enumerate(rows)]
     trainee = make_trainee(case)
     return trainee, examples, Likelihood(trainee)
 
 
 def preference_examples(case, folder, probability=1.0):
-    rows = read_rows(written(folder / "pairs.jsonl", [{**row, "chosen_probability": probability} for row in case.pairs]), Preference)
-    return rows, [case.chat.preference(i, row) for i, row in enumerate(rows)]
+    rows = read_records(written(folder / "pairs.jsonl", [{**row, "chosen_probability": probability} for row in case.pairs]), "preference")
+    return rows, [case.chat.preference(i, row["prompt"], row["chosen"], row["rejected"]) for i, row in enumerate(rows)]
+
+
+def labels(rows, name):
+    return torch.tensor([float(row[name]) for row in rows])
 
 
 def text_pairs(case):
@@ -228,11 +231,11 @@ def assert_same_tokens(trainer, examples):
 def dpo_objective(trainee, rows, examples, folder, **settings):
     settings = DPOSettings(**settings)
     reference = reference_logps(trainee, [make_row([example]) for example in examples], len(rows), folder / "reference.safetensors")
-    return DirectPreference(trainee, rows, reference, settings)
+    return DirectPreference(trainee, labels(rows, "chosen_probability"), reference, settings)
 
 
 def reward_objective(trainee, rows, margins=True):
-    return BradleyTerry(trainee, rows, RewardSettings(margins=margins, centering=0.05))
+    return BradleyTerry(trainee, labels(rows, "chosen_probability"), labels(rows, "margin"), RewardSettings(margins=margins, centering=0.05))
 
 
 def soft_sigmoid(probability):

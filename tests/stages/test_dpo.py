@@ -35,9 +35,9 @@ def preferences():
 def opened(chat, tmp_path, **changes):
     """A fresh trainee, the four preferences as examples, and the objective with the reference computed as the stage does."""
     trainee, rows, settings = make_trainee(chat), preferences(), DPOSettings(**changes)
-    examples = [chat.preference(i, row) for i, row in enumerate(rows)]
+    examples = [chat.preference(i, row["prompt"], row["chosen"], row["rejected"]) for i, row in enumerate(rows)]
     reference = reference_logps(trainee, pack(examples, settings.row_tokens), len(rows), tmp_path / REFERENCE)
-    return trainee, examples, DirectPreference(trainee, rows, reference, settings)
+    return trainee, examples, DirectPreference(trainee, torch.tensor([row["chosen_probability"] for row in rows]), reference, settings)
 
 
 def plain_logps(trainee, role, examples):

@@ -5,19 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_trainee, randomise
+from conftest import heldout_records, make_trainee, randomise, read_records
 from safetensors.torch import load_file, save_file
 
 from align import Lora, Recipe
 from align.artifact import Artifact
+from align.data.mix import load_data
+from align.data.sources import Source
 from align.errors import AlignError
-from align.examples import Examples, is_heldout
 from align.learn.optimise import train
 from align.model.forward import forward_head
 from align.model.load import HEAD, PROBES, load_role, open_trunk
 from align.model.packing import Example, make_row, pack
 from align.progress import Meter
-from align.records import Conversation, Message, Preference, first_user_turn, read_rows
+from align.records import Message, Preference
 from align.settings import RewardSettings
 from align.stages.reward import BradleyTerry, _centre, agreement, baselines, wilson_interval
 
@@ -40,8 +41,13 @@ def preferences():
 
 
 def opened(chat, **changes):
-    trainee, rows = make_trainee(chat, head=True), preferences()
-    return trainee, [chat.preference(i, row) for i, row in enumerate(rows)], BradleyTerry(trainee, rows, RewardSettings(**changes))
+    trainee, settings = make_trainee(chat, head=True), RewardSettings(**changes)
+    objective = BradleyTerry(trainee, torch.tensor(PROBABILITIES), torch.tensor(MARGINS), settings)
+    return trainee, pairs(chat, preferences()), objective
+
+
+def pairs(chat, rows):
+    return [chat.preference(i, row["prompt"], row["chosen"], row["rejected"]) for i, row in enumerate(rows)]
 
 
 def plain_scores(trunk, role, examples):
@@ -88,11 +94,7 @@ def test_a_head_of_zeros_has_loss_ln_2(chat):
 
 def test_swapping_every_pair_and_its_probability_changes_nothing(chat):
     trainee, examples, objective = opened(chat)
-    swapped = [
-        row.model_copy(update={"chosen": row.rejected, "rejected": row.chosen, "chosen_probability": 1 - row.chosen_probability})
-        for row in preferences()
-    ]
-    other = BradleyTerry(trainee, swapped, objective.settings)
+    other = BradleyTerry(trainee, 1 - objective.probability, objective.margin, objective.settings)
     swapped_examples = [Example(e.index, e.prompt, e.completions[::-1]) for e in examples]
     assert total(other, swapped_examples) == pytest.approx(total(objective, examples), rel=1e-6)
 
@@ -120,14 +122,14 @@ def test_wilson_s_interval_by_hand(successes, trials, low, high):
 
 def test_baselines_by_hand():
     """Longer wins row 0; row 1 says the shorter; row 2 is undecided and left out; row 3 is a draw: (1 + 0 + 0.5) / 3."""
-    rows = [SimpleNamespace(chosen_probability=p) for p in (1.0, 0.9, 0.5, 1.0)]
     completions = [((1, 2), (1,)), ((1,), (1, 2)), ((1, 2), (1,)), ((1, 2), (3, 4))]
-    data = Examples(rows, [], [], [Example(i, (0,), c) for i, c in enumerate(completions)], {})
+    heldout = [Example(i, (0,), c) for i, c in enumerate(completions)]
+    data = SimpleNamespace(heldout=heldout, probability=torch.tensor([1.0, 0.9, 0.5, 1.0]))
     found = baselines(data, {"heldout_accuracy": 2 / 3})
     assert found["heldout_pairs"] == 3
     assert found["longer_is_better_accuracy"] == pytest.approx(0.5)
     assert found["heldout_accuracy_interval"] == pytest.approx(wilson_interval(2, 3))
-    undecided = Examples(rows, [], [], [data.heldout[2]], {})
+    undecided = SimpleNamespace(heldout=[heldout[2]], probability=data.probability)
     assert baselines(undecided, {}) == {}
 
 
@@ -147,8 +149,8 @@ def test_training_scores_the_chosen_completions_higher(chat, tmp_path):
 def test_scores_are_centred_on_the_demonstrations_and_the_offset_is_in_the_file(small_run, data):
     """The demonstrations are the SFT stage's data, every row of it; the raw mean is the offset."""
     artifact, trunk, chat, role = loaded(small_run / "reward")
-    rows = read_rows(data / "chat.jsonl", Conversation)
-    scores = plain_scores(trunk, role, [chat.conversation(i, row.messages) for i, row in enumerate(rows)])
+    rows = read_records(data / "chat.jsonl", "conversation")
+    scores = plain_scores(trunk, role, [chat.conversation(i, row["messages"]) for i, row in enumerate(rows)])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
     offset = float(load_file(small_run / "reward" / HEAD)["offset"])
     assert offset != 0
@@ -162,7 +164,7 @@ def test_without_demonstrations_scores_are_centred_on_the_chosen_completions(tin
     recipe.reward(preferences=data / "preferences.jsonl", lora=Lora(rank=4), batch_size=4, row_tokens=64, holdout=0.0)
     run = recipe.run(tmp_path / "run")
     artifact, trunk, chat, role = loaded(run / "reward")
-    examples = [chat.preference(i, row) for i, row in enumerate(read_rows(data / "preferences.jsonl", Preference))]
+    examples = pairs(chat, read_records(data / "preferences.jsonl", "preference"))
     chosen = plain_scores(trunk, role, examples).view(-1, 2)[:, 0]
     assert float(chosen.mean()) == pytest.approx(0, abs=1e-5)
     assert artifact.facts["checks"]["centred_on"] == "chosen completions"
@@ -175,9 +177,10 @@ def test_centring_reads_the_last_turn_and_leaves_out_what_is_too_long(chat, tmp_
     rows = [turns, [("user", "x" * 100), ("assistant", "y")], turns[:2]]
     path = tmp_path / "demonstrations.jsonl"
     path.write_text("".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) + "\n" for row in rows))
-    job = SimpleNamespace(name="stage", files={"demonstrations": path}, settings=RewardSettings(max_length=60))
-    conversations = read_rows(path, Conversation)
-    short = [chat.conversation(i, conversations[i].messages, last_turn_only=True) for i in (0, 2)]
+    demonstrations = load_data((Source(str(path)),), "conversation", "test")
+    job = SimpleNamespace(name="stage", data={"demonstrations": demonstrations}, settings=RewardSettings(max_length=60))
+    conversations = list(demonstrations.records())
+    short = [chat.conversation(i, conversations[i]["messages"], last_turn_only=True) for i in (0, 2)]
     expected = float(plain_scores(trainee.trunk, trainee.role, short).mean())
     offset, what = _centre(job, trainee, None)
     assert offset == pytest.approx(expected, rel=1e-5)
@@ -187,9 +190,8 @@ def test_centring_reads_the_last_turn_and_leaves_out_what_is_too_long(chat, tmp_
 def test_held_out_metrics_are_the_saved_model_s(small_run, data):
     artifact, trunk, chat, role = loaded(small_run / "reward")
     metrics = artifact.facts["metrics"]
-    rows = read_rows(data / "preferences.jsonl", Preference)
-    heldout = [(chat.preference(i, row), row) for i, row in enumerate(rows) if is_heldout(first_user_turn(row.prompt), 0.2, 0)]
-    scores = plain_scores(trunk, role, [example for example, _ in heldout]).view(-1, 2)
+    heldout = pairs(chat, [row for _, row in heldout_records(data / "preferences.jsonl", "preference", 0.2)])
+    scores = plain_scores(trunk, role, heldout).view(-1, 2)
     right = sum(float(c > r) for c, r in scores)
     assert metrics["heldout_pairs"] == len(heldout)
     assert metrics["heldout_accuracy"] == pytest.approx(right / len(heldout))

@@ -3,17 +3,15 @@ import math
 
 import pytest
 import torch
-from conftest import make_trainee, randomise
+from conftest import heldout_records, make_trainee, randomise
 
 from align import Lora, Recipe
 from align.artifact import Artifact
-from align.errors import AlignError
-from align.examples import Examples, is_heldout
 from align.learn.optimise import evaluate
 from align.model.load import Trainee, load_role, open_trunk
-from align.model.packing import Example, make_row, pack
-from align.records import Conversation, Message, first_user_turn, read_rows
-from align.stages.sft import Likelihood, _check_ends
+from align.model.packing import make_row, pack
+from align.records import Message
+from align.stages.sft import Likelihood
 
 MESSAGES = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "ok"), ("user", "bye"), ("assistant", "goodbye")]
 
@@ -55,28 +53,12 @@ def test_training_on_the_last_turn_counts_that_turn_only(chat):
     assert Likelihood(make_trainee(chat)).totals([example]) == {"tokens": len("goodbye") + 1}
 
 
-def test_a_trained_turn_without_its_end_is_refused(chat):
-    whole = chat.conversation(0, messages(*MESSAGES[:4]))
-    data = Examples([], ["chat.jsonl:1", "chat.jsonl:2"], [whole], [], {})
-    trainee = make_trainee(chat)
-    assert _check_ends(data, trainee) == 0
-    cut = Example(1, whole.prompt, (whole.completions[0][:-1],), (whole.trained[0][:-1],))
-    data.heldout.append(cut)
-    with pytest.raises(AlignError, match=r"chat\.jsonl:2: a trained turn does not end with the end-of-turn token \(id 1\)"):
-        _check_ends(data, trainee)
-    in_the_middle = tuple(token for i, token in enumerate(whole.completions[0]) if i != 5)
-    data.heldout[:] = [Example(0, whole.prompt, (in_the_middle,), (tuple(t for i, t in enumerate(whole.trained[0]) if i != 5),))]
-    with pytest.raises(AlignError, match=r"chat\.jsonl:1: a trained turn does not end"):
-        _check_ends(data, trainee)
-
-
 def test_a_saved_policy_has_the_held_out_losses_that_were_recorded(small_run, data):
     """Recomputed on the loaded artifact, after training and, without its adapter, before."""
     artifact = Artifact.open(small_run / "sft")
     trunk, chat = open_trunk(artifact.base, artifact, "float32")
     role = load_role(trunk, artifact)
-    rows = read_rows(data / "chat.jsonl", Conversation)
-    heldout = [chat.conversation(i, r.messages) for i, r in enumerate(rows) if is_heldout(first_user_turn(r.messages), 0.2, 0)]
+    heldout = [chat.conversation(i, r["messages"]) for i, r in heldout_records(data / "chat.jsonl", "conversation", 0.2)]
     trainee = Trainee(trunk, chat, role, role, None, {})
     metrics = artifact.facts["metrics"]
     total = sum(example.trained_tokens for example in heldout)
@@ -84,7 +66,7 @@ def test_a_saved_policy_has_the_held_out_losses_that_were_recorded(small_run, da
     base = Trainee(trunk, chat, role, type(role)(), None, {})
     assert metrics["heldout_loss_before"] == pytest.approx(sum(plain_nll(base, example) for example in heldout) / total, rel=1e-5)
     assert metrics["heldout_loss"] < metrics["heldout_loss_before"]
-    assert artifact.facts["checks"] == {"unsupervised_ends": 0, "change_at_start": 0.0}
+    assert artifact.facts["checks"] == {"change_at_start": 0.0}
     assert artifact.facts["data"]["data"]["heldout"] == len(heldout)
 
 
@@ -95,8 +77,7 @@ def test_the_recorded_held_out_loss_is_without_dropout(tiny_base, data, tmp_path
     artifact = Artifact.open(recipe.run(tmp_path / "run") / "sft")
     trunk, chat = open_trunk(artifact.base, artifact, "float32")
     role = load_role(trunk, artifact)
-    rows = read_rows(data / "chat.jsonl", Conversation)
-    heldout = [chat.conversation(i, r.messages) for i, r in enumerate(rows) if is_heldout(first_user_turn(r.messages), 0.3, 0)]
+    heldout = [chat.conversation(i, r["messages"]) for i, r in heldout_records(data / "chat.jsonl", "conversation", 0.3)]
     found = evaluate(Likelihood(Trainee(trunk, chat, role, role, None, {})), heldout, 1024)
     assert artifact.facts["metrics"]["heldout_loss"] == pytest.approx(found["heldout_loss"], rel=1e-5)
 

@@ -1,0 +1,270 @@
+"""From a source to checked records: read, recognise, convert and check every row once, in several processes, and keep the result.
+
+The result is a folder in the cache, named by a hash over the files' bytes and the mapping: Arrow files with one line per record
+(refused rows too, with their reason) and report.json with everything that `--plan` and `align inspect` say of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+from xxhash import xxh3_64_intdigest
+
+from align.base import cache_folder, file_sha256
+from align.data.checks import Problem, find_problem
+from align.data.formats import converter, group_key, recognise
+from align.data.read import Part, Unreadable, first_rows, parts, rows
+from align.data.rows import Format, Unfit
+from align.data.sources import Source, find_files, hub_rows
+from align.records import Kind, first_user_turn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+REVISION = 1  # raised when the same files begin to give other records
+BATCH = 5000  # records written at one time
+SEVERAL_PROCESSES_FROM = 8_000_000  # bytes; below, starting processes costs more than it saves
+SEEN_FOR_FORMAT = 1000  # rows looked at to recognise a file
+RAW_KEPT = 2000  # characters of a refused row kept for rejected.jsonl
+NO_RECORD = "nothing in it to make a record of"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A source's records in the cache. `report` says what was found."""
+
+    folder: Path
+    report: dict[str, Any]
+
+    def column(self, name: str) -> np.ndarray:
+        """One column over all records, kept and refused, as numbers."""
+        return self.table[name].to_numpy()
+
+    @cached_property
+    def table(self) -> Any:
+        """All records, kept and refused, as an Arrow table in mapped memory, in the order of the source's rows."""
+        import pyarrow as pa
+
+        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(self.folder.glob("*.arrow"))])
+
+    def place(self, file: int, line: int) -> str:
+        """Where a record came from: file:line (or row)."""
+        return f"{self.report['files'][file]['path']}:{line}"
+
+
+class Work(NamedTuple):
+    """What one process converts."""
+
+    part: Part | None  # none: `gathered` or hub rows that are already here
+    rows: list[tuple[int, Any]] | None
+    file: int
+    format: Format
+    target: str
+
+
+def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
+    """Convert a source, or find it converted.
+
+    Args:
+        source: what a recipe names.
+        kind: what its rows must become; None takes what they are.
+        where: stage and input, which starts every error.
+
+    Raises:
+        AlignError: for files that are missing or cannot be read, and for a format that is not known.
+    """
+    files = find_files(source, where)
+    known = [{"path": str(path), "sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files]
+    hub = [source.path, source.split, source.revision, source.config]
+    decides = [REVISION, kind, sorted((source.columns or {}).items()), [f["sha256"] for f in known] or hub]
+    name = f"{xxh3_64_intdigest(json.dumps(decides).encode()):016x}-{_safe(source.path)}"
+    folder = cache_folder() / "data" / name
+    if not (folder / "report.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+        try:
+            _convert(source, kind, where, files, work)
+            if not folder.exists():
+                os.replace(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    report = json.loads((folder / "report.json").read_text())
+    report["files"] = known or [{"path": source.path, "sha256": "", "bytes": 0}]  # the same bytes may lie elsewhere now
+    return Converted(folder, report)
+
+
+def _safe(path: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in Path(path).name)[:40]
+
+
+def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], folder: Path) -> None:
+    from align.data.report import describe
+
+    jobs, formats = [], []
+    for number, path in enumerate(files):
+        format = recognise(first_rows(path, SEEN_FOR_FORMAT), kind, str(path), source.columns)
+        formats.append(format)
+        if format.gathers:
+            found = _gathered(((line, row) for part in parts(path, 1) for line, row in rows(part)), format)
+            jobs.append((None, found, number, format))
+        else:
+            jobs += [(part, None, number, format) for part in parts(path, _processes(path))]
+    if not files:
+        found = list(hub_rows(source, where))
+        format = recognise([row for _, row in found[:SEEN_FOR_FORMAT]], kind, source.path, source.columns)
+        formats.append(format)
+        jobs.append((None, _gathered(iter(found), format) if format.gathers else found, 0, format))
+    works = [Work(*job, str(folder / f"part-{i:05d}.arrow")) for i, job in enumerate(jobs)]
+    if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
+        counts = [convert_part(work) for work in works]
+    else:
+        with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
+            counts = list(pool.map(convert_part, works))
+    report = describe(Converted(folder, {"files": []}), formats, sum(counts))
+    (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def _processes(path: Path) -> int:
+    return (os.cpu_count() or 1) if path.stat().st_size >= SEVERAL_PROCESSES_FROM else 1
+
+
+def _gathered(numbered: Iterator[tuple[int, Any]], format: Format) -> list[tuple[int, Any]]:
+    """Rows of one key (a tree's messages, a prompt's replies) as one row, at the place of the first. They are held in memory."""
+    groups: dict[Any, tuple[int, dict[str, Any]]] = {}
+    for line, row in numbered:
+        if isinstance(row, Unreadable):
+            groups[line, None] = (line, row)  # type: ignore[assignment]
+            continue
+        try:
+            key = group_key(format, row)
+        except (Unfit, KeyError, TypeError, AttributeError):
+            key = f"\0{line}"  # alone: the converter says what is wrong with it
+        groups.setdefault(key, (line, {"rows": []}))[1]["rows"].append(row)
+    return list(groups.values())
+
+
+def convert_part(work: Work) -> int:
+    """Convert some rows into an Arrow file; returns how many rows there were."""
+    import pyarrow as pa
+
+    convert, kind = converter(work.format), work.format.kind
+    columns: dict[str, list] = {name: [] for name in schema().names}
+    count = 0
+    with pa.OSFile(work.target, "wb") as sink, pa.ipc.new_stream(sink, schema()) as writer:
+        for line, row in work.rows if work.rows is not None else rows(work.part):  # type: ignore[arg-type]
+            count += 1
+            for values in _lines(row, convert, kind):
+                for column, value in zip(columns.values(), (work.file, line, *values), strict=True):
+                    column.append(value)
+            if len(columns["line"]) >= BATCH:
+                _write(writer, columns)
+        _write(writer, columns)
+    return count
+
+
+def _write(writer: Any, columns: dict[str, list]) -> None:
+    import pyarrow as pa
+
+    writer.write_batch(pa.record_batch([pa.array(values, type) for values, type in zip(columns.values(), schema().types, strict=True)], schema()))
+    for values in columns.values():
+        values.clear()
+
+
+def schema() -> Any:
+    """Columns of the Arrow files. Hashes are of the record's text; `reason` is null where the record is kept."""
+    import pyarrow as pa
+
+    numbers = ("key", "prompt", "digest", "pair")
+    return pa.schema(
+        [
+            ("file", pa.int32()),
+            ("line", pa.int64()),
+            ("record", pa.binary()),  # JSON
+            ("reason", pa.string()),
+            ("detail", pa.string()),
+            *((name, pa.int64()) for name in numbers),  # first user turn, whole prompt, whole record, pair whatever side is chosen
+            ("characters", pa.int32()),
+            ("longer", pa.int32()),  # characters that chosen has more than rejected
+            ("probability", pa.float32()),
+            ("margin", pa.float32()),
+        ]
+    )
+
+
+REFUSED = (0, 0, 0, 0, 0, 0, 1.0, 0.0)
+
+
+def _lines(row: Any, convert: Any, kind: Kind) -> Iterator[tuple]:
+    """The columns after `file` and `line` of every record that a row gives, or of its refusal."""
+    if isinstance(row, Unreadable):
+        yield (row.raw[:RAW_KEPT].encode("utf-8", "replace"), row.reason, row.detail, *REFUSED)
+        return
+    try:
+        records = convert(row)
+    except Unfit as error:
+        yield (_raw(row), error.reason, error.detail, *REFUSED)
+        return
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        yield (_raw(row), "does not fit the format", f"{type(error).__name__}: {error}"[:200], *REFUSED)
+        return
+    if not records:
+        yield (_raw(row), NO_RECORD, "", *REFUSED)
+    for record in records:
+        problem = find_problem(record, kind)
+        if problem is None:
+            try:
+                text = orjson.dumps(record)
+            except TypeError as error:  # a lone surrogate in a tool's schema, a number beyond 64 bits
+                problem = Problem("not valid Unicode or JSON", str(error))
+        if problem is not None:
+            yield (_raw(record), problem.reason, problem.detail, *REFUSED)
+        else:
+            yield (text, None, None, *_measures(record, kind))
+
+
+def _raw(row: Any) -> bytes:
+    return json.dumps(row, default=repr)[:RAW_KEPT].encode()
+
+
+def _measures(record: Mapping[str, Any], kind: Kind) -> tuple:
+    """Key, prompt, digest, pair, characters, longer, probability and margin of a record."""
+    if "text" in record:
+        text = record["text"]
+        hashed = _hash(text)
+        return hashed, hashed, hashed, 0, len(text), 0, 1.0, 0.0
+    if kind == "conversation":
+        messages = record["messages"]
+        texts = [message["content"] for message in messages]
+        prompt = _hash("\x1f".join(texts[:-1]))
+        whole = _hash("\x1f".join(texts)) if len(texts) and "tools" not in record and all(len(m) == 2 for m in messages) else _hash_json(record)
+        return _hash(first_user_turn(messages)), prompt, whole, 0, sum(map(len, texts)), 0, 1.0, 0.0
+    messages = record["prompt"]
+    opening = "\x1f".join([message["content"] for message in messages])
+    key, prompt = _hash(first_user_turn(messages)), _hash(opening)
+    if kind == "prompt":
+        return key, prompt, prompt, 0, len(opening), 0, 1.0, 0.0
+    chosen, rejected = record["chosen"][0]["content"], record["rejected"][0]["content"]
+    pair = _hash("\x1f".join((opening, *sorted((chosen, rejected)))))
+    whole = _hash("\x1f".join((opening, chosen, rejected)))
+    size = len(opening) + len(chosen) + len(rejected)
+    return key, prompt, whole, pair, size, len(chosen) - len(rejected), record.get("chosen_probability", 1.0), record.get("margin", 0.0)
+
+
+def _hash(text: str) -> int:
+    return xxh3_64_intdigest(text.encode()) - (1 << 63)
+
+
+def _hash_json(record: Mapping[str, Any]) -> int:
+    return xxh3_64_intdigest(orjson.dumps(record, option=orjson.OPT_SORT_KEYS)) - (1 << 63)

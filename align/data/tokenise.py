@@ -1,0 +1,343 @@
+"""From records to examples: rendered, measured against the longest length, checked, split by prompt. Kept as Arrow files in the cache."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor
+
+from align.artifact import identity_of
+from align.base import cache_folder
+from align.chat import Chat, UnfitMessages
+from align.data.near import near_duplicates
+from align.data.mix import Data, is_heldout, stirred, times_in_epoch
+from align.data.report import stop_if_bad
+from align.errors import AlignError
+from align.model.packing import Example
+from align.progress import say
+from align.records import Message, write_jsonl
+from align.settings import Training
+
+if TYPE_CHECKING:
+    import datasets
+
+REVISION = 1  # raised when the same records begin to give other tokens
+SEVERAL_PROCESSES_FROM = 20_000  # records
+OVERLONG = "over the longest length"
+PIECE = 500  # records rendered at one time
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and held-out examples of a stage. An example's index is its place in `probability`, `margin` and `where`."""
+
+    training: Sequence[Example]
+    heldout: Sequence[Example]
+    probability: Tensor  # (examples,) how sure the labeller is that chosen is better; 1 where it is no pair
+    margin: Tensor  # (examples,)
+    where: Sequence[str]  # file:line
+    facts: dict[str, Any]
+
+
+class Stored(Sequence[Example]):
+    """Some of the tokenised examples, read from mapped memory when they are asked for."""
+
+    def __init__(self, dataset: datasets.Dataset, at: np.ndarray):
+        """Those at the places `at` of the data set, in that order."""
+        self.dataset, self.at = dataset, at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Stored: ...
+    def __getitem__(self, index: int | slice) -> Example | Stored:
+        if isinstance(index, slice):
+            return Stored(self.dataset, self.at[index])
+        place = int(self.at[index])
+        row = self.dataset[place]
+        trained = row["trained"]
+        return Example(place, tuple(row["prompt"]), tuple(map(tuple, row["completions"])), trained and tuple(map(tuple, trained)))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+class Places(Sequence[str]):
+    """file:line of every example, looked up when asked for."""
+
+    def __init__(self, data: Data, records: np.ndarray):
+        """`records` are the examples' places in the data."""
+        self.data, self.records = data, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):  # noqa: ANN001, ANN204
+        return self.data.place(int(self.records[index]))
+
+
+def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, folder: Path | None = None) -> Examples:
+    """Examples of a stage's data: tokenised once, then found in the cache.
+
+    Args:
+        name: of the stage.
+        role: its input: data or preferences.
+        data: records.
+        chat: tokenizer and template.
+        settings: of the stage: longest length, what becomes of longer ones, share held out, seed.
+        folder: where rejected.jsonl goes, with every row that is not used and why; without one nothing is written or said.
+
+    Raises:
+        AlignError: where too many records cannot be rendered, one is too long and that is an error, or none is left.
+    """
+    dataset = tokenised(data, chat, settings)
+    columns = {name: dataset.data.column(name).to_numpy() for name in ("record", "tokens", "cut")}
+    reasons = dataset.data.column("reason")
+    good = np.asarray(reasons.is_null())
+    counts = _refusals(reasons, good)
+    where = Places(data, columns["record"])
+    overlong = counts.get(OVERLONG, 0)
+    if overlong and settings.on_overlong == "error":
+        first = next(i for i in np.flatnonzero(~good) if reasons[int(i)].as_py() == OVERLONG)
+        raise AlignError(
+            f"{where[first]}: over {name}.max_length of {settings.max_length} tokens, with {overlong - 1} more of {len(data)} records. "
+            f"Raise it (--set {name}.max_length=...), or leave such rows out: --set {name}.on_overlong=drop"
+        )
+    unfit = {reason: [where[i] for i in np.flatnonzero(~good) if reasons[int(i)].as_py() == reason][:3] for reason in counts}
+    bad = sum(counts.values()) - overlong
+    stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()), settings.max_bad_rows, name)
+    if settings.near_duplicates is not None:
+        near = np.isin(columns["record"], near_duplicates(data, settings.near_duplicates)["at"])
+        counts["near duplicate of an earlier record"], good = int((near & good).sum()), good & ~near
+    keys = data.column("key")[columns["record"]]
+    held = good & is_heldout(keys, settings.holdout, settings.seed)
+    times = times_in_epoch(data.weights()[columns["record"]], data.column("digest")[columns["record"]], settings.seed)
+    training = np.repeat(np.arange(len(good)), np.where(good & ~held, times, 0))
+    heldout = np.flatnonzero(held)
+    heldout = np.sort(heldout[np.argsort(stirred(keys[heldout], settings.seed), kind="stable")[: settings.max_heldout]])
+    if not len(training):
+        raise AlignError(f"{name}.{role}: no row is left to train on ({overlong} over {name}.max_length, {int(held.sum())} held out).")
+    facts = {
+        "training": len(training),
+        "heldout": int(held.sum()),
+        "overlong": overlong,
+        "cut": int(columns["cut"].sum()),
+        "unfit": {reason: count for reason, count in counts.items() if reason != OVERLONG},
+        "tokens": int(columns["tokens"][training].sum(dtype=np.int64)),
+    }
+    if folder is not None:
+        write_rejected(folder, data, ((where[int(i)], reasons[int(i)].as_py()) for i in np.flatnonzero(~good)))
+        _say(name, facts, settings)
+    return Examples(
+        Stored(dataset, training),
+        Stored(dataset, heldout),
+        torch.from_numpy(data.column("probability")[columns["record"]].copy()),
+        torch.from_numpy(data.column("margin")[columns["record"]].copy()),
+        where,
+        facts,
+    )
+
+
+def write_rejected(folder: Path, data: Data, unfit: Iterable[tuple[str, str]]) -> None:
+    """Write every row that is not used to folder/rejected.jsonl: where it is, the reason, and what of it is known."""
+    rows = [*data.rejected(), *({"where": place, "reason": reason} for place, reason in unfit)]
+    if rows:
+        write_jsonl(folder / "rejected.jsonl", rows)
+
+
+def _refusals(reasons: Any, good: np.ndarray) -> dict[str, int]:
+    return dict(Counter(reasons[int(at)].as_py() for at in np.flatnonzero(~good)).most_common())
+
+
+def _say(name: str, facts: dict[str, Any], settings: Training) -> None:
+    policy = {"drop": "left out", "shorten_prompt": "too long even with a shortened prompt", "cut_completion": "left no room for a completion"}
+    text = f"  {name}: {facts['training']:,} examples to train on ({facts['tokens']:,} tokens), {facts['heldout']:,} held out"
+    text += f", {facts['overlong']:,} over {settings.max_length} tokens and {policy.get(settings.on_overlong, 'left out')}"
+    say(text + (f", {facts['cut']:,} shortened" if facts["cut"] else ""))
+    for reason, count in facts["unfit"].items():
+        say(f"  [yellow]{name}: {count:,} left out: {reason}[/]")
+
+
+def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
+    """Every record of the data as tokens, or with the reason why not. Columns: see `_features`."""
+    import datasets
+
+    rendering = {"train_on": getattr(settings, "train_on", None), "max_length": settings.max_length, "on_overlong": settings.on_overlong}
+    fingerprint = identity_of(
+        {"revision": REVISION, "data": data.identity, "chat": [chat.template_fingerprint, chat.tokenizer_fingerprint], **rendering}
+    )[:32]
+    folder = cache_folder() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [converted.table.select(["record"]) for converted in data.converted]
+    sources = [datasets.Dataset(table, fingerprint=f"{fingerprint}-{number}") for number, table in enumerate(tables)]
+    starts = np.cumsum([0, *map(len, sources)])[:-1]
+    whole = sources[0] if len(sources) == 1 else datasets.concatenate_datasets(sources)
+    records = whole.select(starts[data.chosen[:, 0]] + data.chosen[:, 1], new_fingerprint=fingerprint)
+    processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
+    with _quiet_datasets():
+        return records.map(
+            _Renderer(chat, data.kind, rendering),
+            batched=True,
+            batch_size=PIECE,
+            with_indices=True,
+            remove_columns=["record"],
+            features=_features(),
+            num_proc=processes,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=f"{fingerprint}-tokens",
+        )
+
+
+class _quiet_datasets:  # noqa: N801
+    """No progress bars of the library while ours says what goes on."""
+
+    def __enter__(self) -> None:
+        import datasets
+
+        self.were_on = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        import datasets
+
+        if self.were_on:
+            datasets.enable_progress_bars()
+
+
+def _features() -> datasets.Features:
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "record": Value("int64"),  # place in the data
+            "prompt": List(Value("int32")),
+            "completions": List(List(Value("int32"))),
+            "trained": List(List(Value("bool"))),  # null: all
+            "tokens": Value("int32"),
+            "cut": Value("bool"),  # shortened to fit
+            "reason": Value("string"),  # why it is not used; null where it is
+        }
+    )
+
+
+class _Renderer:
+    """Renders a batch of records; `datasets` sends it to its processes."""
+
+    def __init__(self, chat: Chat, kind: str, rendering: dict[str, Any]):
+        self.chat, self.kind, self.rendering = chat, kind, rendering
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason")}
+        for index, text in zip(indices, batch["record"], strict=True):
+            for example, cut, reason in render(self.chat, self.kind, orjson.loads(text), **self.rendering):
+                rows["record"].append(index)
+                rows["prompt"].append(example.prompt if example else ())
+                rows["completions"].append(example.completions if example else ())
+                rows["trained"].append(example.trained if example else None)
+                rows["tokens"].append(example.tokens if example else 0)
+                rows["cut"].append(cut)
+                rows["reason"].append(reason)
+        return rows
+
+
+def prompt_ids(name: str, data: Data, chat: Chat, max_bad_rows: float, folder: Path | None = None) -> list[tuple[int, ...]]:
+    """Every prompt as token ids, ready to be answered.
+
+    Raises:
+        AlignError: where more than `max_bad_rows` of them cannot be rendered by the chat template.
+    """
+    found, unfit = [], list[tuple[str, str]]()
+    for index, record in enumerate(data.records()):
+        try:
+            found.append(chat.prompt_ids(record["prompt"], record.get("tools")))
+        except UnfitMessages as error:
+            unfit.append((data.place(index), error.reason))
+    counts = dict(Counter(reason for _, reason in unfit).most_common())
+    places = {reason: [place for place, other in unfit if other == reason][:3] for reason in counts}
+    stop_if_bad(f"{name}.prompts", counts, places, len(unfit), len(data), len(found), max_bad_rows, name)
+    if folder is not None:
+        write_rejected(folder, data, unfit)
+    return found
+
+
+Rendered = tuple[Example | None, bool, str | None]
+
+
+def render(
+    chat: Chat, kind: str, record: dict[str, Any], max_length: int, on_overlong: str, train_on: str | None = None
+) -> list[Rendered]:
+    """A record as examples with whether each was shortened, or with the reason why it cannot be one. A long text gives several."""
+    if "text" in record:
+        return [(example, False, None) for example in chat.plain_text(0, record["text"], max_length)]
+    cut = False
+    try:
+        example: Example | None = _example(chat, kind, record, train_on)
+        assert example is not None
+        if example.longest > max_length and on_overlong == "shorten_prompt":
+            for shorter in _without_early_turns(record, "messages" if kind == "conversation" else "prompt"):
+                example, cut = _example(chat, kind, shorter, train_on), True
+                if example.longest <= max_length:
+                    break
+    except UnfitMessages as error:
+        return [(None, False, error.reason)]
+    if example.longest > max_length and on_overlong == "cut_completion":
+        example, cut = _cut(example, max_length), True
+    if example is None or example.longest > max_length:
+        return [(None, False, OVERLONG)]
+    reason = _unusable(example, None if cut and on_overlong == "cut_completion" else chat.end_of_turn)
+    return [(None, False, reason)] if reason else [(example, cut, None)]
+
+
+def _example(chat: Chat, kind: str, record: dict[str, Any], train_on: str | None) -> Example:
+    tools = record.get("tools")
+    if kind == "conversation":
+        return chat.conversation(0, record["messages"], last_turn_only=train_on == "last", tools=tools)
+    return chat.preference(0, record["prompt"], record["chosen"], record["rejected"], tools=tools)
+
+
+def _without_early_turns(record: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """The record with its first exchange left out, then the first two, and so on; the system message stays."""
+    messages: list[Message] = record[key]
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    for at in [i for i, message in enumerate(messages) if message["role"] == "user"][1:]:
+        yield {**record, key: [*system, *messages[at:]]}
+
+
+def _cut(example: Example, max_length: int) -> Example | None:
+    """The example with its completions cut to fit: unfinished, so no end of a turn is trained at the cut. None where nothing fits."""
+    room = max_length - len(example.prompt)
+    if room < 1:
+        return None
+    return Example(
+        example.index,
+        example.prompt,
+        tuple(completion[:room] for completion in example.completions),
+        example.trained and tuple(trained[:room] for trained in example.trained),
+    )
+
+
+def _unusable(example: Example, end_of_turn: int | None) -> str | None:
+    """Why nothing would be learned from an example, or the wrong thing. `end_of_turn` is None for one that was cut."""
+    if not example.trained_tokens:
+        return "nothing left in it to train on"
+    if len(set(example.completions)) < len(example.completions):
+        return "chosen and rejected are the same in tokens"
+    if end_of_turn is None:
+        return None
+    for number, ids in enumerate(example.completions):
+        trained = example.trained[number] if example.trained else [True] * len(ids)
+        for at, counts in enumerate(trained):
+            if counts and (at + 1 == len(ids) or not trained[at + 1]) and ids[at] != end_of_turn:
+                return "a trained turn does not end with the token that ends a turn"
+    return None
