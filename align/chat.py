@@ -23,7 +23,7 @@ from align.model.packing import Example
 from align.records import Preference
 from align.templates import CALL, REPLY, RESULT, TOOL, USER, Messages, Template, Tools, UnfitMessages, parting
 
-__all__ = ["Chat", "Ids", "UnfitMessages"]
+__all__ = ["Chat", "Ids", "JoinedReply", "UnfitMessages"]
 
 Ids = tuple[int, ...]
 SHORT, KEPT = 64, 64  # characters of an opening whose ids are kept, and how many are
@@ -31,6 +31,10 @@ SHORT, KEPT = 64, 64  # characters of an opening whose ids are kept, and how man
 
 class Parted(UnfitMessages):
     """The assembled tokens are not the tokenizer's own: a fault of the template, or of this file, not of the row."""
+
+
+class JoinedReply(UnfitMessages):
+    """A token reaches over the seam between the words that open a turn and its reply: white space there, as a rule."""
 
 
 class Turn(NamedTuple):
@@ -248,7 +252,7 @@ class Chat:
         for opening, text in turns:
             if ids[text][: len(ids[opening])] != ids[opening]:
                 reason = "the tokenizer joins the beginning of a reply to the words that open its turn (white space there, as a rule)"
-                raise UnfitMessages(reason, repr(text[len(opening) :][:20]))
+                raise JoinedReply(reason, repr(text[len(opening) :][:20]))
             begins.append(len(flat) + len(ids[opening]))
             flat += ids[text]
         trained = [False] * len(flat)

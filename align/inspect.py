@@ -176,7 +176,7 @@ def _spread(lengths: Any) -> dict[str, int]:
 def _show(found: dict[str, Any], converted: Converted) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("[bold]source[/]", escape(found["source"]) + (f" ({len(found['files'])} files)" if len(found["files"]) > 1 else ""))
-    table.add_row("[bold]format[/]", f"[green]{escape(found['format'])}[/]: {escape(found['why'])}")
+    table.add_row("[bold]format[/]", f"[green]{escape(found['format'])}[/]: {escape(found['why'].rstrip('.'))}")
     for ours, theirs in found["columns"].items():
         table.add_row("", f"{ours} <- {escape(theirs if isinstance(theirs, str) else ', '.join(theirs))}")
     left_out = found["rows"] - found["kept"]

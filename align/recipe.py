@@ -180,11 +180,16 @@ class Recipe:
                 raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
             if handle.artifact is None and handle is not BASE and handle.recipe is not self:
                 raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
+        columns = settings.pop("columns", None)
         checked = build(settings_kind, {"seed": self.seed, **settings}, name)
         if "seed" in settings:
             self._own_seed.add(name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
         sources = {role: (as_sources(given, f"{name}.{role}"), becomes) for role, (given, becomes) in data.items()}
+        if columns is not None:
+            first = next(iter(sources))
+            mapped = tuple(replace(source, columns=source.columns or columns) for source in sources[first][0])
+            sources[first] = (as_sources(mapped, f"{name}.{first}"), sources[first][1])
         self.stages[name] = Stage(name, kind, makes, checked, handles, sources)
         return makes(name, recipe=self)
 

@@ -89,8 +89,8 @@ MISTAKES = {
     "--only without what it needs": (["--only", "ppo"], "--only ppo: needs sft, reward, which is not done"),
     "missing data": (["--set", "sft.data=nothing.jsonl"], "sft.data: there is no file 'nothing.jsonl'."),
     "missing data beside others": (["--set", "sft.data={data}/chta.jsonl"], "there are: chat.jsonl, heldout.jsonl"),
-    "a folder as data": (["--set", "sft.data={data}"], "sft.data: there is no file"),
-    "data of another kind": (["--set", "sft.data={data}/prompts.jsonl"], "prompts.jsonl:1: 'messages': Field required. Found the columns"),
+    "no data in a glob": (["--set", "sft.data={data}/*.csv"], "sft.data: nothing matches"),
+    "data of another kind": (["--set", "sft.data={data}/prompts.jsonl"], "holds prompts (format 'prompts'"),
     "unknown base": (["--set", "recipe.base=nothing"], "base 'nothing': found no such folder or file"),
     "base without weights": (["--set", "recipe.base={data}"], "the folder holds no config.json or no .safetensors"),
     "missing gguf": (["--set", "recipe.base=x.gguf"], "base 'x.gguf': there is no such file."),
@@ -128,23 +128,24 @@ def test_a_users_mistake_is_a_message_and_exit_code_2(script, data, tmp_path, mi
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (b"{", ":1: not JSON ("),
-        (b'{"prompt": "a", "chosen": "b"}\n', ":1: 'rejected': Field required"),
-        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n', ":1: 'chosen' and 'rejected' are the same"),
-        (b'{"prompt": "a", "chosen": "", "rejected": "b"}\n', ":1: 'chosen.0.content': "),
-        (b'{"prompt": "a", "chosen": "c", "rejected": "b", "chosen_probability": 2}\n', ":1: 'chosen_probability': "),
+        (b"{", ["bad.jsonl:1: the file ends in the middle of a value"]),
+        (b'{"prompt": "a", "chosen": "b"}\n', ["bad.jsonl: the columns are not recognised", "it lacks rejected", "columns={"]),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n', ["1 of 1 rows cannot be used", "are the same: bad.jsonl:1"]),
+        (b'{"prompt": "a", "chosen": "", "rejected": "b"}\n', ["chosen is empty: bad.jsonl:1"]),
+        (b'{"prompt": "a", "chosen": "c", "rejected": "b", "chosen_probability": 2}\n', ["not a number from 0 to 1: bad.jsonl:1 (2)"]),
         (
             b'{"prompt": "a", "chosen": "caf\xe9", "rejected": "b"}\n',
-            ":1: not UTF-8 text (invalid continuation byte at byte 31 of the line)",
+            ["bad.jsonl:1: not UTF-8 text (invalid continuation byte at byte 31"],
         ),
-        (b"", ": the file holds no rows"),
-        (b'\n{"prompt": "a <|end|>", "chosen": "c", "rejected": "b"}\n', ":2: its text contains the control token <|end|>"),
+        (b"", ["bad.jsonl: the file is empty"]),
+        (b'\n{"prompt": "a <|end|>", "chosen": "c", "rejected": "b"}\n', ["its text contains the control token: bad.jsonl:2 (<|end|>)"]),
     ],
     ids=["no JSON", "no column", "same", "empty", "probability", "no UTF-8", "no rows", "control token"],
 )
 def test_a_malformed_data_file_is_a_message_that_names_it(script, tmp_path, text, expected):
     (tmp_path / "bad.jsonl").write_bytes(text)
-    assert "bad.jsonl" + expected in refused("run", script, "--set", "reward.preferences=bad.jsonl", folder=tmp_path)
+    message = refused("run", script, "--set", "reward.preferences=bad.jsonl", folder=tmp_path)
+    assert all(part in message for part in expected)
 
 
 def broken(base, what):
@@ -360,7 +361,7 @@ def test_an_answer_from_a_seed_is_the_same_again(finished, tmp_path):
 def test_a_turn_that_cannot_be_sent_is_told_and_the_next_is_answered(finished, tmp_path):
     ended = align("chat", finished / "sft", "--max-new-tokens", 3, folder=tmp_path, stdin="say <|end|> [/b]\nsay red\n")
     assert ended.code == 0, ended.err
-    assert "that cannot be sent: its text contains the control token <|end|>" in ended.out
+    assert "that cannot be sent: its text contains the control token: <|end|>" in ended.out
     assert len(ended.out.splitlines()) >= 2
 
 

@@ -187,36 +187,35 @@ def test_settings_are_overridden_one_by_one(recipe, handles):
 def test_a_data_file_can_be_overridden(recipe, handles):
     recipe.override("sft.data=other.jsonl")
     recipe.override("ppo.prompts=a=b.jsonl")
-    assert recipe.stages["sft"].files["data"][0] == "other.jsonl"
-    assert recipe.stages["ppo"].files["prompts"][0] == "a=b.jsonl"
+    assert [source.path for source in recipe.stages["sft"].data["data"][0]] == ["other.jsonl"]
+    assert [source.path for source in recipe.stages["ppo"].data["prompts"][0]] == ["a=b.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["2024", "1.50", "none", "1e3"])
 def test_a_data_files_name_is_taken_as_it_is_written(recipe, handles, name):
     recipe.override(f"sft.data={name}")
-    assert recipe.stages["sft"].files["data"][0] == name
+    assert [source.path for source in recipe.stages["sft"].data["data"][0]] == [name]
 
 
 def demonstrations(recipe, run):
-    """What a plan centres the reward model on: the file that is read and the one that decides the identity, or None."""
+    """The file that a plan centres the reward model on, or None."""
     reward = next(planned for planned in make_plan(recipe, run) if planned.stage.name == "reward")
-    assert ("demonstrations" in reward.files) == ("demonstrations" in reward.data)
-    return reward.files.get("demonstrations"), reward.data.get("demonstrations", {}).get("path")
+    return reward.data["demonstrations"].facts["path"] if "demonstrations" in reward.data else None
 
 
 def test_a_reward_model_is_centred_on_the_data_of_its_policy(tiny_base, data, tmp_path):
     recipe = small_recipe(tiny_base, data)
-    assert demonstrations(recipe, tmp_path) == (data / "chat.jsonl", str(data / "chat.jsonl"))
+    assert demonstrations(recipe, tmp_path) == str(data / "chat.jsonl")
     for override in ("sft.data", "reward.demonstrations"):
         other = write_rows(tmp_path / f"{override}.jsonl", [{"prompt": "a", "completion": override}])
         recipe.override(f"{override}={other}")
-        assert demonstrations(recipe, tmp_path) == (other, str(other))
+        assert demonstrations(recipe, tmp_path) == str(other)
 
 
 def test_a_reward_model_without_demonstrations_has_none(tiny_base, data, tmp_path):
     recipe = Recipe("test", base=str(tiny_base))
     recipe.reward(preferences=data / "preferences.jsonl")
-    assert demonstrations(recipe, tmp_path) == (None, None)
+    assert demonstrations(recipe, tmp_path) is None
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -247,5 +246,5 @@ def test_a_loaded_policy_is_not_taken_for_the_stage_of_its_name(finished, tiny_b
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}])
     recipe.sft(data=other)
     recipe.reward(policy=loaded, preferences=data / "preferences.jsonl")
-    assert demonstrations(recipe, tmp_path / "run") == (None, None)
+    assert demonstrations(recipe, tmp_path / "run") is None
     make_plan(recipe, tmp_path / "run", only=["reward"])

@@ -46,7 +46,7 @@ def test_an_unknown_setting_of_the_adapter_is_looked_up_among_the_adapters():
         ("batch_size", None, "a whole number, at least 1"),
         ("holdout", 1, "a number, at least 0 and under 1"),
         ("decay", "fast", "one of linear, cosine, constant"),
-        ("on_overlong", None, "one of error, drop"),
+        ("on_overlong", None, "one of error, drop, shorten_prompt, cut_completion"),
         ("gradient_checkpointing", "yes", "true or false"),
         ("lora", 8, "settings (rank, alpha, targets, dropout, dora, rslora) or none"),
         ("seed", -1, "a whole number, at least 0"),
@@ -97,7 +97,7 @@ def test_how_often_a_checkpoint_is_written_decides_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_other_setting_decides(kind):
     left_out = set(kind.model_fields) - set(kind().deciding())
-    assert left_out <= {"save_every"}
+    assert left_out <= {"save_every", "max_bad_rows"}
 
 
 @pytest.mark.parametrize("values", [{"seed": 1}, {"epochs": 3.0}, {"lora": None}, {"lora": {"rank": 4}}, {"lora": {"dropout": 0.5}}])

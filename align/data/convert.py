@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import orjson
 from xxhash import xxh3_64_intdigest
@@ -28,6 +28,7 @@ from align.data.formats import converter, group_key, recognise
 from align.data.read import Part, Unreadable, first_rows, parts, rows
 from align.data.rows import Format, Unfit
 from align.data.sources import Source, find_files, hub_rows
+from align.errors import AlignError
 from align.records import Kind, first_user_turn
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
 
     jobs, formats = [], []
     for number, path in enumerate(files):
-        format = recognise(first_rows(path, SEEN_FOR_FORMAT), kind, str(path), source.columns)
+        format = recognise(first_rows(path, SEEN_FOR_FORMAT) or _no_row(path), kind, str(path), source.columns)
         formats.append(format)
         if format.gathers:
             found = _gathered(((line, row) for part in parts(path, 1) for line, row in rows(part)), format)
@@ -134,6 +135,12 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
             counts = list(pool.map(convert_part, works))
     report = describe(Converted(folder, {"files": []}), formats, sum(counts))
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def _no_row(path: Path) -> NoReturn:
+    """Say why not one row of a file can be read."""
+    line, row = next(found for part in parts(path, 1) for found in rows(part))
+    raise AlignError(f"{path}:{line}: {row.reason} ({row.detail}), and no row after it can be read either.")
 
 
 def _processes(path: Path) -> int:

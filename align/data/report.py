@@ -131,7 +131,7 @@ def refuse_if_too_bad(report: dict[str, Any], max_bad_rows: float, where: str, s
         for reason, places in report["places"].items()
     }
     path = report["files"][0]["path"]
-    advice = f"  It was read as {report['format']}: {report['why']}.\n  See every row of it: align inspect {path}"
+    advice = f"  It was read as {report['format']}: {report['why'].rstrip('.')}.\n  See every row of it: align inspect {path}"
     rows = max(report["rows"], report["records"])
     stop_if_bad(where, report["rejected"], places, bad_rows(report), rows, report["records"], max_bad_rows, stage, advice)
 
@@ -154,9 +154,8 @@ def stop_if_bad(
     """
     if left and bad <= max_bad_rows * rows:
         return
-    first = next((at for reason in counts for at in places.get(reason, [])), "")
     share = f"{bad} of {rows} rows cannot be used ({bad / max(rows, 1):.1%}; at most {max_bad_rows:.1%} may be left out)"
-    lines = [f"{where}: {share if bad else 'no row is left to use'}; the first is {first}:"]
+    lines = [f"{where}: {share if bad else 'no row is left to use'}:"]
     lines += [f"  {count:>6,}  {reason}: {', '.join(places.get(reason, []))}{', ...' if count > 3 else ''}" for reason, count in counts.items()]
     lines += [advice] if advice else []
     if left and bad:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from align.artifact import identity_of
 from align.base import cache_folder
-from align.chat import Chat, UnfitMessages
+from align.chat import Chat, JoinedReply, UnfitMessages
+from align.data.checks import Problem
 from align.data.near import near_duplicates
 from align.data.mix import Data, is_heldout, stirred, times_in_epoch
 from align.data.report import stop_if_bad
@@ -114,9 +115,10 @@ def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, fo
             f"{where[first]}: over {name}.max_length of {settings.max_length} tokens, with {overlong - 1} more of {len(data)} records. "
             f"Raise it (--set {name}.max_length=...), or leave such rows out: --set {name}.on_overlong=drop"
         )
-    unfit = {reason: [where[i] for i in np.flatnonzero(~good) if reasons[int(i)].as_py() == reason][:3] for reason in counts}
+    details = dataset.data.column("detail")
+    unfit = {reason: [_place(where[i], details[int(i)].as_py()) for i in np.flatnonzero(~good) if reasons[int(i)].as_py() == reason][:3] for reason in counts}
     bad = sum(counts.values()) - overlong
-    stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()), settings.max_bad_rows, name)
+    stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()) + overlong, settings.max_bad_rows, name)
     if settings.near_duplicates is not None:
         near = np.isin(columns["record"], near_duplicates(data, settings.near_duplicates)["at"])
         counts["near duplicate of an earlier record"], good = int((near & good).sum()), good & ~near
@@ -154,6 +156,10 @@ def write_rejected(folder: Path, data: Data, unfit: Iterable[tuple[str, str]]) -
     rows = [*data.rejected(), *({"where": place, "reason": reason} for place, reason in unfit)]
     if rows:
         write_jsonl(folder / "rejected.jsonl", rows)
+
+
+def _place(place: str, detail: str | None) -> str:
+    return f"{place} ({detail})" if detail else place
 
 
 def _refusals(reasons: Any, good: np.ndarray) -> dict[str, int]:
@@ -227,6 +233,7 @@ def _features() -> datasets.Features:
             "tokens": Value("int32"),
             "cut": Value("bool"),  # shortened to fit
             "reason": Value("string"),  # why it is not used; null where it is
+            "detail": Value("string"),
         }
     )
 
@@ -238,16 +245,17 @@ class _Renderer:
         self.chat, self.kind, self.rendering = chat, kind, rendering
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason")}
+        rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason", "detail")}
         for index, text in zip(indices, batch["record"], strict=True):
-            for example, cut, reason in render(self.chat, self.kind, orjson.loads(text), **self.rendering):
+            for example, cut, problem in render(self.chat, self.kind, orjson.loads(text), **self.rendering):
                 rows["record"].append(index)
                 rows["prompt"].append(example.prompt if example else ())
                 rows["completions"].append(example.completions if example else ())
                 rows["trained"].append(example.trained if example else None)
                 rows["tokens"].append(example.tokens if example else 0)
                 rows["cut"].append(cut)
-                rows["reason"].append(reason)
+                rows["reason"].append(problem and problem.reason)
+                rows["detail"].append(problem and problem.detail)
         return rows
 
 
@@ -262,7 +270,7 @@ def prompt_ids(name: str, data: Data, chat: Chat, max_bad_rows: float, folder: P
         try:
             found.append(chat.prompt_ids(record["prompt"], record.get("tools")))
         except UnfitMessages as error:
-            unfit.append((data.place(index), error.reason))
+            unfit.append((_place(data.place(index), error.detail), error.reason))
     counts = dict(Counter(reason for _, reason in unfit).most_common())
     places = {reason: [place for place, other in unfit if other == reason][:3] for reason in counts}
     stop_if_bad(f"{name}.prompts", counts, places, len(unfit), len(data), len(found), max_bad_rows, name)
@@ -271,17 +279,17 @@ def prompt_ids(name: str, data: Data, chat: Chat, max_bad_rows: float, folder: P
     return found
 
 
-Rendered = tuple[Example | None, bool, str | None]
+Rendered = tuple[Example | None, bool, Problem | None]
 
 
 def render(
     chat: Chat, kind: str, record: dict[str, Any], max_length: int, on_overlong: str, train_on: str | None = None
 ) -> list[Rendered]:
     """A record as examples with whether each was shortened, or with the reason why it cannot be one. A long text gives several."""
-    if "text" in record:
-        return [(example, False, None) for example in chat.plain_text(0, record["text"], max_length)]
     cut = False
     try:
+        if "text" in record:
+            return [(example, False, None) for example in chat.plain_text(0, record["text"], max_length)]
         example: Example | None = _example(chat, kind, record, train_on)
         assert example is not None
         if example.longest > max_length and on_overlong == "shorten_prompt":
@@ -290,16 +298,29 @@ def render(
                 if example.longest <= max_length:
                     break
     except UnfitMessages as error:
-        return [(None, False, error.reason)]
+        return [(None, False, Problem(error.reason, error.detail))]
     if example.longest > max_length and on_overlong == "cut_completion":
         example, cut = _cut(example, max_length), True
     if example is None or example.longest > max_length:
-        return [(None, False, OVERLONG)]
+        return [(None, False, Problem(OVERLONG))]
     reason = _unusable(example, None if cut and on_overlong == "cut_completion" else chat.end_of_turn)
-    return [(None, False, reason)] if reason else [(example, cut, None)]
+    return [(None, False, Problem(reason))] if reason else [(example, cut, None)]
 
 
 def _example(chat: Chat, kind: str, record: dict[str, Any], train_on: str | None) -> Example:
+    """The whole record. White space before a reply is left out where the tokenizer would join it to the words that open the turn."""
+    try:
+        return _whole(chat, kind, record, train_on)
+    except JoinedReply:
+        names = ("messages",) if kind == "conversation" else ("prompt", "chosen", "rejected")
+        return _whole(chat, kind, {**record, **{name: [_trimmed(message) for message in record[name]] for name in names}}, train_on)
+
+
+def _trimmed(message: Message) -> Message:
+    return {**message, "content": message["content"].lstrip()} if message["role"] == "assistant" else message
+
+
+def _whole(chat: Chat, kind: str, record: dict[str, Any], train_on: str | None) -> Example:
     tools = record.get("tools")
     if kind == "conversation":
         return chat.conversation(0, record["messages"], last_turn_only=train_on == "last", tools=tools)
