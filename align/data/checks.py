@@ -14,6 +14,7 @@ PLACEHOLDER = re.compile(r"(?<![$\w])\{\{\s*[A-Za-z_]\w*\s*\}\}")  # {{name}}, n
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # Letters of `_letter`: s system, u user, a assistant, c a call of tools, t a tool's answer.
 PROMPT = re.compile(r"s?(u(ct+)*a)*u(ct+)*")
+LETTERS = {"user": "u", "assistant": "a", "system": "s", "tool": "t"}
 CONVERSATION = re.compile(r"s?(u(ct+)*a)*u(ct+)*[ac]")
 
 
@@ -67,9 +68,11 @@ def _bad_turns(messages: Any, side: str = "") -> Problem | None:
     if not isinstance(messages, list):
         return Problem("messages are not a list", repr(messages)[:80])
     for message in messages:
+        content, role = (message.get("content"), message.get("role")) if isinstance(message, dict) else (None, None)
+        if type(content) is str and type(role) is str and content.isascii() and "{{" not in content and content and not content.isspace():
+            continue  # nearly every turn
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return Problem("a message is not an object with a role", repr(message)[:80])
-        content = message.get("content")
         if message.get("tool_calls") and content == "":
             continue
         what = side or f"a turn of the {message['role']}"
@@ -94,14 +97,14 @@ def _bad_text(text: Any, what: str) -> Problem | None:
 
 
 def _letter(message: Mapping[str, Any]) -> str:
-    role = message["role"]
-    if role == "assistant":
-        return "c" if message.get("tool_calls") else "a"
-    return {"user": "u", "system": "s", "tool": "t"}.get(role, "?")
+    if message.get("tool_calls") and message["role"] == "assistant":
+        return "c"
+    return LETTERS.get(message["role"], "?")
 
 
 def _out_of_order(messages: list[dict], pattern: re.Pattern[str], last: str) -> Problem | None:
-    reason = _order_reason("".join(map(_letter, messages)), pattern, last)
+    letters = "".join([LETTERS.get(message["role"], "?") if len(message) == 2 else _letter(message) for message in messages])
+    reason = _order_reason(letters, pattern, last)
     return Problem(reason, _roles(messages)) if reason else None
 
 

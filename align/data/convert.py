@@ -6,6 +6,7 @@ The result is a folder in the cache, named by a hash over the files' bytes and t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -25,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 from align.base import cache_folder, file_sha256
 from align.data.checks import Problem, find_problem
 from align.data.formats import converter, group_key, recognise
-from align.data.read import Part, Unreadable, first_rows, parts, rows
+from align.data.read import Part, Unreadable, first_rows, json_row, line_blocks, parts, rows
 from align.data.rows import Format, Unfit
 from align.data.sources import Source, find_files, hub_rows
 from align.errors import AlignError
@@ -59,6 +60,18 @@ class Converted:
         import pyarrow as pa
 
         return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(self.folder.glob("*.arrow"))])
+
+    def record(self, at: int) -> dict[str, Any]:
+        """A kept record by its place in the table."""
+        return self.read(self.table["record"][at].as_py(), self.table["raw"][at].as_py(), self.table["file"][at].as_py())
+
+    def read(self, text: bytes, raw: bool, file: int) -> dict[str, Any]:
+        """The record that an Arrow line stands for."""
+        return self._converters[file](orjson.loads(text))[0] if raw else orjson.loads(text)
+
+    @cached_property
+    def _converters(self) -> list[Any]:
+        return [converter(Format(**format)) for format in self.report["formats"]]
 
     def place(self, file: int, line: int) -> str:
         """Where a record came from: file:line (or row)."""
@@ -166,29 +179,81 @@ def convert_part(work: Work) -> int:
     """Convert some rows into an Arrow file; returns how many rows there were."""
     import pyarrow as pa
 
-    convert, kind = converter(work.format), work.format.kind
-    columns: dict[str, list] = {name: [] for name in schema().names}
+    gc.disable()  # millions of small objects without a cycle: collecting costs a seventh of the time
     count = 0
     with pa.OSFile(work.target, "wb") as sink, pa.ipc.new_stream(sink, schema()) as writer:
-        for line, row in work.rows if work.rows is not None else rows(work.part):  # type: ignore[arg-type]
-            count += 1
-            for values in _lines(row, convert, kind):
-                for column, value in zip(columns.values(), (work.file, line, *values), strict=True):
-                    column.append(value)
-            if len(columns["line"]) >= BATCH:
-                _write(writer, columns)
-        _write(writer, columns)
+        for rows_read, batch in _batches(work):
+            count += rows_read
+            writer.write_batch(batch)
+    gc.enable()
     return count
 
 
-def _write(writer: Any, columns: dict[str, list]) -> None:
+def _batches(work: Work) -> Iterator[tuple[int, Any]]:
+    """(rows, their records) of some rows at a time; rows whose columns are plain go the quick way."""
+    from align.data.fast import layout_of
+
+    layout = layout_of(work.format) if work.part is not None and work.part.form == "lines" else None
+    if work.part is not None and layout is not None:
+        for first, block in line_blocks(work.part):
+            yield _quick_batch(work, first, block, layout)
+        return
+    convert, lines, count = converter(work.format), list[tuple](), 0
+    for line, row in work.rows if work.rows is not None else rows(work.part):  # type: ignore[arg-type]
+        count += 1
+        lines += _lines(work.file, line, row, convert, work.format.kind)
+        if len(lines) >= BATCH:
+            yield count, _batch(lines)
+            lines, count = [], 0
+    yield count, _batch(lines)
+
+
+def _batch(lines: list[tuple]) -> Any:
     import pyarrow as pa
 
-    writer.write_batch(pa.record_batch([pa.array(values, type) for values, type in zip(columns.values(), schema().types, strict=True)], schema()))
-    for values in columns.values():
-        values.clear()
+    columns = zip(zip(*lines, strict=True) if lines else [()] * len(schema()), schema(), strict=True)
+    return pa.record_batch([pa.array(values, field.type, size=len(lines)) for values, field in columns], schema())
 
 
+def _quick_batch(work: Work, first: int, block: list[bytes], layout: Any) -> tuple[int, Any]:
+    """Records of a block of lines: those that are right beyond doubt as they are, the others converted one by one."""
+    import numpy as np
+    import pyarrow as pa
+
+    from align.data.fast import check
+
+    checked = check(block, work.format, layout)
+    convert, kind = converter(work.format), work.format.kind
+    good = np.flatnonzero(checked.good) if checked else np.array([], dtype=int)
+    others = np.flatnonzero(~checked.good) if checked else np.arange(len(block))
+    lines, count = list[tuple](), len(good)
+    for at in others.tolist():
+        row = json_row(block[at])
+        if row is not None:
+            count += 1
+            lines += _lines(work.file, first + at, row, convert, kind)
+    slow = _batch(lines)
+    if checked is None or not len(good):
+        return count, slow
+    constant = {"file": work.file, "reason": None, "detail": None, "raw": True, "probability": 1.0, "margin": 0.0}
+    arrays = []
+    for field in schema():
+        if field.name in constant:
+            arrays.append(pa.repeat(pa.scalar(constant[field.name], field.type), len(good)))
+        elif field.name == "line":
+            arrays.append(pa.array(first + good, field.type))
+        elif field.name == "record":
+            arrays.append(pa.array(block if len(good) == len(block) else [block[at] for at in good.tolist()], field.type))
+        else:
+            arrays.append(pa.array(np.asarray(checked.columns[field.name])[good], field.type))
+    quick = pa.record_batch(arrays, schema())
+    if not lines:
+        return count, quick
+    both = pa.Table.from_batches([quick, slow]).sort_by("line").combine_chunks()
+    return count, both.to_batches()[0]
+
+
+@cache
 def schema() -> Any:
     """Columns of the Arrow files. Hashes are of the record's text; `reason` is null where the record is kept."""
     import pyarrow as pa
@@ -198,7 +263,8 @@ def schema() -> Any:
         [
             ("file", pa.int32()),
             ("line", pa.int64()),
-            ("record", pa.binary()),  # JSON
+            ("record", pa.binary()),  # JSON; of the row as it is in the file where `raw` is true, else of the record
+            ("raw", pa.bool_()),
             ("reason", pa.string()),
             ("detail", pa.string()),
             *((name, pa.int64()) for name in numbers),  # first user turn, whole prompt, whole record, pair whatever side is chosen
@@ -210,68 +276,63 @@ def schema() -> Any:
     )
 
 
+SEPARATOR = "\x1f"  # between texts that are hashed together
+HALF = 1 << 63  # hashes are unsigned, Arrow's numbers signed
 REFUSED = (0, 0, 0, 0, 0, 0, 1.0, 0.0)
 
 
-def _lines(row: Any, convert: Any, kind: Kind) -> Iterator[tuple]:
-    """The columns after `file` and `line` of every record that a row gives, or of its refusal."""
+def _lines(file: int, line: int, row: Any, convert: Any, kind: Kind) -> list[tuple]:
+    """The columns of every record that a row gives, or of its refusal."""
     if isinstance(row, Unreadable):
-        yield (row.raw[:RAW_KEPT].encode("utf-8", "replace"), row.reason, row.detail, *REFUSED)
-        return
+        return [(file, line, row.raw[:RAW_KEPT].encode("utf-8", "replace"), False, row.reason, row.detail, *REFUSED)]
     try:
         records = convert(row)
     except Unfit as error:
-        yield (_raw(row), error.reason, error.detail, *REFUSED)
-        return
+        return [(file, line, _raw(row), False, error.reason, error.detail, *REFUSED)]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        yield (_raw(row), "does not fit the format", f"{type(error).__name__}: {error}"[:200], *REFUSED)
-        return
-    if not records:
-        yield (_raw(row), NO_RECORD, "", *REFUSED)
-    for record in records:
-        problem = find_problem(record, kind)
-        if problem is None:
-            try:
-                text = orjson.dumps(record)
-            except TypeError as error:  # a lone surrogate in a tool's schema, a number beyond 64 bits
-                problem = Problem("not valid Unicode or JSON", str(error))
-        if problem is not None:
-            yield (_raw(record), problem.reason, problem.detail, *REFUSED)
-        else:
-            yield (text, None, None, *_measures(record, kind))
+        return [(file, line, _raw(row), False, "does not fit the format", f"{type(error).__name__}: {error}"[:200], *REFUSED)]
+    return [_line(file, line, record, kind) for record in records] or [(file, line, _raw(row), False, NO_RECORD, "", *REFUSED)]
+
+
+def _line(file: int, line: int, record: dict[str, Any], kind: Kind) -> tuple:
+    problem = find_problem(record, kind)
+    if problem is None:
+        try:
+            text = orjson.dumps(record)
+            return (file, line, text, False, None, None, *_measures(record, text, kind))
+        except TypeError as error:  # a lone surrogate in a tool's schema, a number beyond 64 bits
+            problem = Problem("not valid Unicode or JSON", str(error))
+    return (file, line, _raw(record), False, problem.reason, problem.detail, *REFUSED)
 
 
 def _raw(row: Any) -> bytes:
     return json.dumps(row, default=repr)[:RAW_KEPT].encode()
 
 
-def _measures(record: Mapping[str, Any], kind: Kind) -> tuple:
-    """Key, prompt, digest, pair, characters, longer, probability and margin of a record."""
-    if "text" in record:
-        text = record["text"]
-        hashed = _hash(text)
-        return hashed, hashed, hashed, 0, len(text), 0, 1.0, 0.0
+def _measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:
+    """Key, prompt, digest, pair, characters, longer, probability and margin of a record whose JSON is `text`."""
     if kind == "conversation":
+        if "text" in record:
+            key = prompt = _hash(record["text"])
+            return key, prompt, prompt, 0, len(record["text"]), 0, 1.0, 0.0
         messages = record["messages"]
-        texts = [message["content"] for message in messages]
-        prompt = _hash("\x1f".join(texts[:-1]))
-        whole = _hash("\x1f".join(texts)) if len(texts) and "tools" not in record and all(len(m) == 2 for m in messages) else _hash_json(record)
-        return _hash(first_user_turn(messages)), prompt, whole, 0, sum(map(len, texts)), 0, 1.0, 0.0
+        contents = [message["content"] for message in messages]
+        plain = "tools" not in record and not any([len(message) > 2 for message in messages])
+        whole = _hash(SEPARATOR.join(contents)) if plain else xxh3_64_intdigest(text) - HALF
+        prompt = _hash(SEPARATOR.join(contents[:-1]))
+        key = prompt if len(messages) == 2 else _hash(first_user_turn(messages))
+        return key, prompt, whole, 0, sum(map(len, contents)), 0, 1.0, 0.0
     messages = record["prompt"]
-    opening = "\x1f".join([message["content"] for message in messages])
+    opening = SEPARATOR.join([message["content"] for message in messages])
     key, prompt = _hash(first_user_turn(messages)), _hash(opening)
     if kind == "prompt":
         return key, prompt, prompt, 0, len(opening), 0, 1.0, 0.0
     chosen, rejected = record["chosen"][0]["content"], record["rejected"][0]["content"]
-    pair = _hash("\x1f".join((opening, *sorted((chosen, rejected)))))
-    whole = _hash("\x1f".join((opening, chosen, rejected)))
+    pair = _hash(SEPARATOR.join((opening, *sorted((chosen, rejected)))))
+    whole = _hash(SEPARATOR.join((opening, chosen, rejected)))
     size = len(opening) + len(chosen) + len(rejected)
     return key, prompt, whole, pair, size, len(chosen) - len(rejected), record.get("chosen_probability", 1.0), record.get("margin", 0.0)
 
 
 def _hash(text: str) -> int:
-    return xxh3_64_intdigest(text.encode()) - (1 << 63)
-
-
-def _hash_json(record: Mapping[str, Any]) -> int:
-    return xxh3_64_intdigest(orjson.dumps(record, option=orjson.OPT_SORT_KEYS)) - (1 << 63)
+    return xxh3_64_intdigest(text.encode()) - HALF

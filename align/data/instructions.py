@@ -9,7 +9,7 @@ from align.data.rows import Convert, Format, Unfit, list_of, shown, text_of
 from align.data.transcripts import transcript_turns, without_cue
 from align.data.turns import alternating, as_turns, exchanges, read_tools, read_turns, up_to_last_user, with_system
 
-_NO_INPUT = ("<noinput>", "nan", "n/a")
+NO_INPUT = ("<noinput>", "nan", "n/a")
 
 
 def prompt_reader(format: Format) -> Callable[[Mapping], list[dict]]:
@@ -127,7 +127,7 @@ def _joined(instruction: Any, extra: Any, prompt: str, column: str) -> Any:
         return instruction
     if not isinstance(extra, str):
         raise Unfit(f"{column} is not text", shown(extra))
-    if not extra.strip() or extra.strip().lower() in _NO_INPUT:
+    if not extra.strip() or extra.strip().lower() in NO_INPUT:
         return instruction
     instruction = text_of(instruction, prompt)
     return f"{instruction}\n\n{extra}" if instruction else extra

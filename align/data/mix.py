@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import orjson
 
 from align.artifact import identity_of
 from align.data.convert import REVISION, Converted, convert_source
@@ -63,9 +62,8 @@ class Data:
 
     def records(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The records that are used, one after the other."""
-        tables = [converted.table["record"] for converted in self.converted]
         for source, place in self.chosen[:limit]:
-            yield orjson.loads(tables[source][int(place)].as_py())
+            yield self.converted[source].record(int(place))
 
     def place(self, index: int) -> str:
         """Where a record came from: file:line."""

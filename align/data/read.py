@@ -275,18 +275,36 @@ def _is_json(line: bytes) -> bool:
 
 
 def _json_lines(part: Part) -> Iterator[tuple[int, dict | Unreadable]]:
-    loads = orjson.loads  # four times the speed of json, which has the last word on what orjson refuses
     for number, line in _lines(part):
-        try:
-            row = loads(line)
-        except orjson.JSONDecodeError:
-            if not line.strip():
-                continue
-            row = _slow_json(line)
-        if type(row) is dict or type(row) is Unreadable:
+        row = json_row(line)
+        if row is not None:
             yield number, row
-        else:
-            yield number, Unreadable("not an object", f"{_kind(row)}; expected {{...}}", _raw(line))
+
+
+def json_row(line: bytes) -> dict | Unreadable | None:
+    """The row that a line of JSONL holds; None for a blank line."""
+    try:
+        row = orjson.loads(line)  # four times the speed of json, which has the last word on what orjson refuses
+    except orjson.JSONDecodeError:
+        if not line.strip():
+            return None
+        row = _slow_json(line)
+    if type(row) is dict or type(row) is Unreadable:
+        return row
+    return Unreadable("not an object", f"{_kind(row)}; expected {{...}}", _raw(line))
+
+
+def line_blocks(part: Part) -> Iterator[tuple[int, list[bytes]]]:
+    """The lines of a part of JSONL in blocks of a few megabytes, each with the number of its first line."""
+    first, held, size = part.first, list[bytes](), 0
+    for number, line in _lines(part):
+        if size > 4 * MB:
+            yield first, held
+            first, held, size = number, [], 0
+        held.append(line)
+        size += len(line)
+    if held:
+        yield first, held
 
 
 def _slow_json(line: bytes) -> Any:

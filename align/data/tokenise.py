@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import orjson
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from align.artifact import identity_of
 from align.base import cache_folder
 from align.chat import Chat, JoinedReply, UnfitMessages
 from align.data.checks import Problem
+from align.data.convert import Converted
 from align.data.near import near_duplicates
 from align.data.mix import Data, is_heldout, stirred, times_in_epoch
 from align.data.report import stop_if_bad
@@ -185,7 +185,12 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     )[:32]
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [converted.table.select(["record"]) for converted in data.converted]
+    import pyarrow as pa
+
+    tables = [
+        converted.table.select(["record", "raw", "file"]).append_column("source", pa.repeat(pa.scalar(number, pa.int32()), len(converted.table)))
+        for number, converted in enumerate(data.converted)
+    ]
     sources = [datasets.Dataset(table, fingerprint=f"{fingerprint}-{number}") for number, table in enumerate(tables)]
     starts = np.cumsum([0, *map(len, sources)])[:-1]
     whole = sources[0] if len(sources) == 1 else datasets.concatenate_datasets(sources)
@@ -193,11 +198,11 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
     with _quiet_datasets():
         return records.map(
-            _Renderer(chat, data.kind, rendering),
+            _Renderer(chat, data.converted, data.kind, rendering),
             batched=True,
             batch_size=PIECE,
             with_indices=True,
-            remove_columns=["record"],
+            remove_columns=["record", "raw", "file", "source"],
             features=_features(),
             num_proc=processes,
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
@@ -241,13 +246,14 @@ def _features() -> datasets.Features:
 class _Renderer:
     """Renders a batch of records; `datasets` sends it to its processes."""
 
-    def __init__(self, chat: Chat, kind: str, rendering: dict[str, Any]):
-        self.chat, self.kind, self.rendering = chat, kind, rendering
+    def __init__(self, chat: Chat, converted: Sequence[Converted], kind: str, rendering: dict[str, Any]):
+        self.chat, self.converted, self.kind, self.rendering = chat, converted, kind, rendering
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason", "detail")}
-        for index, text in zip(indices, batch["record"], strict=True):
-            for example, cut, problem in render(self.chat, self.kind, orjson.loads(text), **self.rendering):
+        for index, source, *line in zip(indices, *(batch[name] for name in ("source", "record", "raw", "file")), strict=True):
+            record = self.converted[source].read(*line)
+            for example, cut, problem in render(self.chat, self.kind, record, **self.rendering):
                 rows["record"].append(index)
                 rows["prompt"].append(example.prompt if example else ())
                 rows["completions"].append(example.completions if example else ())

@@ -306,7 +306,7 @@ def test_a_saved_adapter_loads_bit_for_bit_here_and_in_plain_peft(trunk, tmp_pat
     for (_, saved), (_, loaded) in zip(trunk.parameters_of(name).items(), again.parameters_of("loaded").items(), strict=True):
         assert torch.equal(saved, loaded)
     plain = PeftModel.from_pretrained(make_model(), folder).eval()
-    torch.testing.assert_close(plain_logits(plain), logits, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(plain_logits(plain), logits, atol=1e-5, rtol=1e-6)
     again.save_adapter("loaded", tmp_path / "again")
     first, second = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "again"))
     assert first.keys() == second.keys()
@@ -388,7 +388,7 @@ def test_the_merged_copy_equals_the_stack(kind, tied, lora):
     copy = trunk.merged_copy()
     for adapters in [("sft", "ppo"), ("sft",), (), ("ppo",)]:
         trunk.merge_into(copy, Role(adapters))
-        torch.testing.assert_close(plain_logits(copy), trunk_logits(trunk, *adapters), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(plain_logits(copy), trunk_logits(trunk, *adapters), atol=3e-5, rtol=1e-5)
     for name, parameter in trunk.model.named_parameters():
         assert torch.equal(parameter, base[name]), name
     assert torch.equal(plain_logits(copy.eval()), plain_logits(copy))
