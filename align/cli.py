@@ -87,10 +87,13 @@ def _inspect_options(commands: Any) -> None:
     look.add_argument("--stage", choices=("sft", "reward", "dpo", "ppo", "evaluate"), help="show exactly what this stage would see")
     look.add_argument("--base", default="embedded", help="whose tokenizer and chat template to use (default: embedded)")
     look.add_argument("--max-length", type=int, default=1024, help="longest example in tokens (default: 1024)")
-    look.add_argument("--on-overlong", choices=("error", "drop", "shorten_prompt", "cut_completion"), default="drop", help="default: drop")
-    look.add_argument("--train-on", choices=("all", "last"), default="all", help="sft: every turn of the assistant, or its last (default: all)")
+    policies = ("error", "drop", "shorten_prompt", "cut_completion")
+    look.add_argument("--on-overlong", choices=policies, default="drop", help="what becomes of longer ones (default: drop)")
+    look.add_argument("--train-on", choices=("all", "last"), default="all", help="sft: every turn of the assistant, or the last")
     look.add_argument("--examples", type=int, default=2, help="rendered examples to show (default: 2)")
-    look.add_argument("--near-duplicates", type=float, nargs="?", const=0.8, metavar="SHARE", help="count texts this alike (0.8 if not said)")
+    look.add_argument(
+        "--near-duplicates", type=float, nargs="?", const=0.8, metavar="SHARE", help="count texts this alike (0.8 if not said)"
+    )
     look.add_argument("--against", action="append", default=[], metavar="FILE", help="count prompts that this file has too; repeatable")
     look.add_argument("--split", help="of a hub data set (default: train)")
     look.add_argument("--revision", help="of a hub data set: branch, tag or commit")
@@ -171,7 +174,8 @@ def _settings_help(recipe: Recipe) -> str:
     lines = []
     for stage in recipe.stages.values():
         lines += ["", f"{stage.name}: {(type(stage.settings).__doc__ or '').strip()}"]
-        lines += [f"  {stage.name}.{role}=FILE  (now {', '.join(source.path for source in sources)})" for role, (sources, _) in stage.data.items()]
+        for role, (sources, _) in stage.data.items():
+            lines.append(f"  {stage.name}.{role}=FILE  (now {', '.join(source.path for source in sources)})")
         for name, default, kind, meaning in help_lines(type(stage.settings), stage.name, stage.settings):
             lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
     return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.tracker: of the whole recipe"])

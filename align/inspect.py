@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,6 @@ class Wanted:
     near: float | None = None
     out: Path | None = None
     as_json: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def inspect(wanted: Wanted) -> None:
@@ -134,12 +132,14 @@ def _rendered(wanted: Wanted, data: Data) -> Rendered:
     import numpy as np
 
     from align.data.tokenise import prepare
-    from align.settings import DPOSettings, RewardSettings, SFTSettings
+    from align.overrides import build
+    from align.settings import DPOSettings, RewardSettings, SFTSettings, Training
 
-    kinds = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings, None: SFTSettings if data.kind == "conversation" else RewardSettings}
-    given = {"max_length": wanted.max_length, "on_overlong": wanted.on_overlong, "max_bad_rows": 1.0}
+    kinds: dict[str | None, type[Training]] = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings}
+    kinds[None] = SFTSettings if data.kind == "conversation" else RewardSettings
+    given: dict[str, Any] = {"max_length": wanted.max_length, "on_overlong": wanted.on_overlong, "max_bad_rows": 1.0}
     given |= {"train_on": wanted.train_on} if data.kind == "conversation" else {}
-    settings = kinds[wanted.stage](**given)
+    settings = build(kinds[wanted.stage], given, "align inspect")
     examples = prepare("align inspect", "source", data, chat, settings)
     lengths = _lengths(examples)
     facts = {**examples.facts, "base": wanted.base, "max_length": wanted.max_length, **_spread(np.array(lengths))}
@@ -187,7 +187,8 @@ def _show(found: dict[str, Any], converted: Converted) -> None:
     if pairs := found.get("pairs"):
         table.add_row("[bold]pairs[/]", escape(_pairs_text(pairs)))
     if near := found.get("near_duplicates"):
-        table.add_row("[bold]near duplicates[/]", f"{near['records']:,} records in {near['groups']:,} groups alike to {near['threshold']:.0%}")
+        text = f"{near['records']:,} records alike to {near['threshold']:.0%} to one of {near['groups']:,} earlier ones"
+        table.add_row("[bold]near duplicates[/]", text)
     for path, count in found.get("shared_prompts", {}).items():
         table.add_row("[bold]overlap[/]", f"{count:,} records have a prompt of {escape(path)}")
     console.print(table)
@@ -197,20 +198,22 @@ def _show(found: dict[str, Any], converted: Converted) -> None:
             places = found["places"].get(reason, [])
             where = ", ".join(place["where"].rpartition("/")[2] for place in places[:4]) + (", ..." if count > 4 else "")
             detail = next((place["detail"] for place in places if place["detail"]), "")
-            problems.add_row(f"{count:,}", f"[yellow]{escape(reason)}[/]" + (f"\n[dim]{escape(detail[:100])}[/]" if detail else ""), escape(where))
+            detail = f"\n[dim]{escape(detail[:100])}[/]" if detail else ""
+            problems.add_row(f"{count:,}", f"[yellow]{escape(reason)}[/]{detail}", escape(where))
         console.print(problems)
 
 
 def _pairs_text(pairs: dict[str, Any]) -> str:
     share = pairs["longer_is_better"]
-    parts = [f"the longer side is better in {share:.0%} of those that differ in length" if share is not None else "no pair differs in length"]
+    parts = ["no pair differs in length" if share is None else f"the longer side is better in {share:.0%} of those that differ in length"]
     words = {"ties": "tied", "soft": "with an unsure label", "margins": "with a margin", "labelled_both_ways": "labelled both ways"}
     return "; ".join(parts + [f"{pairs[name]:,} {text}" for name, text in words.items() if pairs[name]])
 
 
 def _show_tokens(rendered: Rendered, wanted: Wanted) -> None:
     facts = rendered.facts
-    console.print(f"\n[bold]tokens[/] with {escape(rendered.base)}: {facts['shortest']:,} to {facts['longest']:,}, median {facts['median']:,}, p95 {facts['p95']:,}")
+    ends = f"{facts['shortest']:,} to {facts['longest']:,}, median {facts['median']:,}, p95 {facts['p95']:,}"
+    console.print(f"\n[bold]tokens[/] of one, with {escape(rendered.base)}: {ends}")
     console.print("  " + histogram(rendered.lengths))
     if rendered.examples is not None:
         console.print(
@@ -264,6 +267,3 @@ def columns_of(text: str | None) -> dict[str, str] | None:
     if not all(ours.strip() and equals and theirs.strip() for ours, equals, theirs in pairs):
         raise AlignError(f"--columns {text!r}: expected our=theirs, separated by commas, such as prompt=question,completion=reply")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
-__all__ = ["Wanted", "columns_of", "inspect", "sys"]

@@ -162,7 +162,11 @@ class PPOSettings(Optimiser):
     )
     save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     max_bad_rows: float = Field(
-        0.02, ge=0, le=1, description="Largest share of bad prompts that is left out; more stop the stage.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+        0.02,
+        ge=0,
+        le=1,
+        description="Largest share of bad prompts that is left out; more stop the stage.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
     )
 
 
@@ -176,5 +180,9 @@ class EvaluateSettings(Settings):
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
     seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
     max_bad_rows: float = Field(
-        0.02, ge=0, le=1, description="Largest share of bad prompts that is left out; more stop the stage.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+        0.02,
+        ge=0,
+        le=1,
+        description="Largest share of bad prompts that is left out; more stop the stage.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
     )

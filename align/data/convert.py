@@ -126,7 +126,8 @@ def _safe(path: str) -> str:
 def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], folder: Path) -> None:
     from align.data.report import describe
 
-    jobs, formats = [], []
+    jobs: list[tuple[Part | None, list[tuple[int, Any]] | None, int, Format]] = []
+    formats: list[Format] = []
     for number, path in enumerate(files):
         format = recognise(first_rows(path, SEEN_FOR_FORMAT) or _no_row(path), kind, str(path), source.columns)
         formats.append(format)
@@ -152,7 +153,7 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
 
 def _no_row(path: Path) -> NoReturn:
     """Say why not one row of a file can be read."""
-    line, row = next(found for part in parts(path, 1) for found in rows(part))
+    line, row = next((line, row) for part in parts(path, 1) for line, row in rows(part) if isinstance(row, Unreadable))
     raise AlignError(f"{path}:{line}: {row.reason} ({row.detail}), and no row after it can be read either.")
 
 
@@ -317,7 +318,7 @@ def _measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:
             return key, prompt, prompt, 0, len(record["text"]), 0, 1.0, 0.0
         messages = record["messages"]
         contents = [message["content"] for message in messages]
-        plain = "tools" not in record and not any([len(message) > 2 for message in messages])
+        plain = "tools" not in record and max(map(len, messages)) == 2
         whole = _hash(SEPARATOR.join(contents)) if plain else xxh3_64_intdigest(text) - HALF
         prompt = _hash(SEPARATOR.join(contents[:-1]))
         key = prompt if len(messages) == 2 else _hash(first_user_turn(messages))

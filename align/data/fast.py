@@ -91,7 +91,9 @@ def _check_columns(texts: dict[str, Any], format: Format) -> Checked:
         longer = pc.subtract(pc.utf8_length(chosen), pc.utf8_length(rejected))
         return Checked(good, {**_pair_hashes(joined), **_sizes(joined, 2), "longer": _numbers(longer)})
     joined = pc.binary_join_element_wise(prompt, texts["completion"], SEPARATOR)
-    return Checked(good, {**_hashes(joined, np.zeros(len(joined), dtype=bool)), **_sizes(joined, 1), **_none(len(joined), "pair", "longer")})
+    return Checked(
+        good, {**_hashes(joined, np.zeros(len(joined), dtype=bool)), **_sizes(joined, 1), **_none(len(joined), "pair", "longer")}
+    )
 
 
 def _check_messages(messages: Any) -> Checked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,9 +29,8 @@ class Data:
     def identity(self) -> str:
         """A hash over everything that decides the records: the files' bytes, how they are mapped, caps and weights."""
         each = [
-            [[file["sha256"] or file["path"] for file in converted.report["files"]], s.split, s.revision, s.config]
-            + [sorted((s.columns or {}).items()), s.weight, s.cap]
-            for s, converted in zip(self.sources, self.converted, strict=True)
+            {**asdict(source), "path": None, "files": [file["sha256"] or file["path"] for file in converted.report["files"]]}
+            for source, converted in zip(self.sources, self.converted, strict=True)
         ]
         return identity_of({"revision": REVISION, "kind": self.kind, "sources": each})
 

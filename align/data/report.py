@@ -159,7 +159,8 @@ def stop_if_bad(
         return
     share = f"{bad} of {rows} rows cannot be used ({bad / max(rows, 1):.1%}; at most {max_bad_rows:.1%} may be left out)"
     lines = [f"{where}: {share if bad else 'no row is left to use'}:"]
-    lines += [f"  {count:>6,}  {reason}: {', '.join(places.get(reason, []))}{', ...' if count > 3 else ''}" for reason, count in counts.items()]
+    for reason, count in counts.items():
+        lines.append(f"  {count:>6,}  {reason}: {', '.join(places.get(reason, []))}{', ...' if count > 3 else ''}")
     lines += [advice] if advice else []
     if left and bad:
         lines.append(f"  To go on without them: --set {stage}.max_bad_rows={min(1.0, bad / rows + 0.005):.2f}")

@@ -18,8 +18,8 @@ from align.base import cache_folder
 from align.chat import Chat, JoinedReply, UnfitMessages
 from align.data.checks import Problem
 from align.data.convert import Converted
-from align.data.near import near_duplicates
 from align.data.mix import Data, is_heldout, stirred, times_in_epoch
+from align.data.near import near_duplicates
 from align.data.report import stop_if_bad
 from align.errors import AlignError
 from align.model.packing import Example
@@ -84,7 +84,7 @@ class Places(Sequence[str]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index):  # noqa: ANN001, ANN204
+    def __getitem__(self, index: Any) -> Any:
         return self.data.place(int(self.records[index]))
 
 
@@ -116,7 +116,10 @@ def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, fo
             f"Raise it (--set {name}.max_length=...), or leave such rows out: --set {name}.on_overlong=drop"
         )
     details = dataset.data.column("detail")
-    unfit = {reason: [_place(where[i], details[int(i)].as_py()) for i in np.flatnonzero(~good) if reasons[int(i)].as_py() == reason][:3] for reason in counts}
+    unfit: dict[str, list[str]] = {reason: [] for reason in counts}
+    for i in map(int, np.flatnonzero(~good)):
+        if len(shown := unfit[reasons[i].as_py()]) < 3:
+            shown.append(_place(where[i], details[i].as_py()))
     bad = sum(counts.values()) - overlong
     stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()) + overlong, settings.max_bad_rows, name)
     if settings.near_duplicates is not None:
@@ -167,9 +170,9 @@ def _refusals(reasons: Any, good: np.ndarray) -> dict[str, int]:
 
 
 def _say(name: str, facts: dict[str, Any], settings: Training) -> None:
-    policy = {"drop": "left out", "shorten_prompt": "too long even with a shortened prompt", "cut_completion": "left no room for a completion"}
+    policy = {"shorten_prompt": "too long with the last turn alone", "cut_completion": "with no room for a completion"}
     text = f"  {name}: {facts['training']:,} examples to train on ({facts['tokens']:,} tokens), {facts['heldout']:,} held out"
-    text += f", {facts['overlong']:,} over {settings.max_length} tokens and {policy.get(settings.on_overlong, 'left out')}"
+    text += f", {facts['overlong']:,} over {settings.max_length} tokens {policy.get(settings.on_overlong, 'left out')}"
     say(text + (f", {facts['cut']:,} shortened" if facts["cut"] else ""))
     for reason, count in facts["unfit"].items():
         say(f"  [yellow]{name}: {count:,} left out: {reason}[/]")
@@ -187,10 +190,11 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     folder.mkdir(parents=True, exist_ok=True)
     import pyarrow as pa
 
-    tables = [
-        converted.table.select(["record", "raw", "file"]).append_column("source", pa.repeat(pa.scalar(number, pa.int32()), len(converted.table)))
-        for number, converted in enumerate(data.converted)
-    ]
+    def lines(number: int, converted: Converted) -> Any:
+        source = pa.repeat(pa.scalar(number, pa.int32()), len(converted.table))
+        return converted.table.select(["record", "raw", "file"]).append_column("source", source)
+
+    tables = [lines(number, converted) for number, converted in enumerate(data.converted)]
     sources = [datasets.Dataset(table, fingerprint=f"{fingerprint}-{number}") for number, table in enumerate(tables)]
     starts = np.cumsum([0, *map(len, sources)])[:-1]
     whole = sources[0] if len(sources) == 1 else datasets.concatenate_datasets(sources)
@@ -288,9 +292,7 @@ def prompt_ids(name: str, data: Data, chat: Chat, max_bad_rows: float, folder: P
 Rendered = tuple[Example | None, bool, Problem | None]
 
 
-def render(
-    chat: Chat, kind: str, record: dict[str, Any], max_length: int, on_overlong: str, train_on: str | None = None
-) -> list[Rendered]:
+def render(chat: Chat, kind: str, record: dict[str, Any], max_length: int, on_overlong: str, train_on: str | None = None) -> list[Rendered]:
     """A record as examples with whether each was shortened, or with the reason why it cannot be one. A long text gives several."""
     cut = False
     try:

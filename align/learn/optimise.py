@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -100,7 +100,7 @@ class Batches(Sequence[list[Row]]):
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, step):  # noqa: ANN001, ANN204
+    def __getitem__(self, step: Any) -> Any:
         return pack([self.examples[i] for i in self.members[step]], self.row_tokens)
 
 
@@ -133,7 +133,7 @@ def train(
     settings: Training,
     folder: Path,
     meter: Meter,
-    where: list[str],
+    where: Sequence[str],
 ) -> dict[str, float]:
     """Train `parameters` on the examples, going on from the folder's checkpoint if there is one.
 
@@ -189,7 +189,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     rate: float,
     max_grad_norm: float,
-    where: list[str],
+    where: Sequence[str],
 ) -> dict[str, float]:
     """Forward, backward and update of one optimizer step. Every process takes its share of the rows; gradients are summed."""
     totals = objective.totals([example for row in rows for example in row.examples])
@@ -215,7 +215,7 @@ def _step(
     return {"loss": found.pop("step_loss"), **found, "grad_norm": norm, "learning_rate": rate}
 
 
-def _not_finite(what: str, rows: list[Row], where: list[str]) -> AlignError:
+def _not_finite(what: str, rows: list[Row], where: Sequence[str]) -> AlignError:
     lines = ", ".join(where[index] for row in rows for index in row.indices)
     return AlignError(
         f"training stopped: the {what} is not a finite number. It came from {lines}.\n"

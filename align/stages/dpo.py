@@ -96,7 +96,8 @@ def run(job: Job) -> Result:
     data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
     first_epoch = epoch_batches(data.training, settings, 0)
     say(f"  {job.name}: log-probabilities of the reference")
-    reference = reference_logps(trainee, chain(*first_epoch, pack(data.heldout, settings.row_tokens)), len(data.where), job.work / REFERENCE)
+    rows = chain(chain.from_iterable(first_epoch), pack(data.heldout, settings.row_tokens))
+    reference = reference_logps(trainee, rows, len(data.where), job.work / REFERENCE)
     objective = DirectPreference(trainee, data.probability, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)
     trainee.trunk.dropout = True

@@ -113,7 +113,8 @@ def _prompt_ids(job: Job, trainee: Trainee) -> list[tuple[int, ...]]:
     prompts = prompt_ids(job.name, job.data["prompts"], trainee.chat, job.settings.max_bad_rows, job.work)
     kept = [prompt for prompt in prompts if len(prompt) <= job.settings.max_prompt_tokens]
     if not kept:
-        raise AlignError(f"{job.data['prompts'].facts['path']}: every prompt is over {job.name}.max_prompt_tokens ({job.settings.max_prompt_tokens}).")
+        where, limit = job.data["prompts"].facts["path"], job.settings.max_prompt_tokens
+        raise AlignError(f"{where}: every prompt is over {job.name}.max_prompt_tokens ({limit}).")
     say(f"  {job.name}: {len(kept)} prompts, {len(prompts) - len(kept)} over max_prompt_tokens and left out")
     return kept
 

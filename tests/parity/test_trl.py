@@ -235,7 +235,8 @@ def dpo_objective(trainee, rows, examples, folder, **settings):
 
 
 def reward_objective(trainee, rows, margins=True):
-    return BradleyTerry(trainee, labels(rows, "chosen_probability"), labels(rows, "margin"), RewardSettings(margins=margins, centering=0.05))
+    settings = RewardSettings(margins=margins, centering=0.05)
+    return BradleyTerry(trainee, labels(rows, "chosen_probability"), labels(rows, "margin"), settings)
 
 
 def soft_sigmoid(probability):
