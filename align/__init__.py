@@ -6,10 +6,11 @@ import os
 # machine (550 tokens/s of SFT either way on two cores), and 5 times faster beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
+from align.data.sources import Source
 from align.errors import AlignError
 from align.recipe import Evaluation, Policy, Recipe, RewardModel
 from align.settings import Lora
 
-__all__ = ["AlignError", "Evaluation", "Lora", "Policy", "Recipe", "RewardModel", "__version__"]
+__all__ = ["AlignError", "Evaluation", "Lora", "Policy", "Recipe", "RewardModel", "Source", "__version__"]
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from rich.text import Text
 from align.data.convert import Converted, convert_source
 from align.data.mix import Data
 from align.data.sources import Source
+from align.errors import AlignError
 from align.progress import console
 from align.records import Kind
 
@@ -62,9 +63,13 @@ def inspect(wanted: Wanted) -> None:
         found["near_duplicates"] = near_duplicates(data, wanted.near)
     for path in wanted.against:
         found.setdefault("shared_prompts", {})[path] = _shared(data, path)
-    rendered = _rendered(wanted, data) if len(data) else None
-    if rendered is not None:
-        found["tokens"] = rendered.facts
+    rendered, trouble = None, ""
+    if len(data):
+        try:
+            rendered = _rendered(wanted, data)
+        except AlignError as error:  # what a stage would stop with; what was found is shown all the same
+            trouble = str(error)
+    found["tokens"] = rendered.facts if rendered else {"stops": trouble}
     if wanted.out is not None:
         _write(wanted.out, data)
     if wanted.as_json:
@@ -73,6 +78,8 @@ def inspect(wanted: Wanted) -> None:
     _show(found, converted)
     if rendered is not None:
         _show_tokens(rendered, wanted)
+    elif trouble:
+        console.print(f"\n[yellow]a stage would stop:[/] {escape(trouble)}")
     if wanted.out is not None:
         console.print(f"{len(data):,} records written to {escape(str(wanted.out))}")
 
@@ -140,7 +147,8 @@ def _rendered(wanted: Wanted, data: Data) -> Rendered:
     given: dict[str, Any] = {"max_length": wanted.max_length, "on_overlong": wanted.on_overlong, "max_bad_rows": 1.0}
     given |= {"train_on": wanted.train_on} if data.kind == "conversation" else {}
     settings = build(kinds[wanted.stage], given, "align inspect")
-    examples = prepare("align inspect", "source", data, chat, settings)
+    stage = wanted.stage or ("sft" if data.kind == "conversation" else "reward")
+    examples = prepare(stage, "data" if stage == "sft" else "preferences", data, chat, settings)
     lengths = _lengths(examples)
     facts = {**examples.facts, "base": wanted.base, "max_length": wanted.max_length, **_spread(np.array(lengths))}
     return Rendered(chat, wanted.base, examples, list(examples.training[: wanted.examples]), lengths, facts)
@@ -152,7 +160,7 @@ def _rendered_prompts(wanted: Wanted, data: Data, chat: Chat) -> Rendered:
     from align.data.tokenise import prompt_ids
     from align.model.packing import Example
 
-    ids = prompt_ids("align inspect", data, chat, 1.0)
+    ids = prompt_ids(wanted.stage or "ppo", data, chat, 1.0)
     lengths = [len(prompt) for prompt in ids]
     shown = [Example(i, prompt, ()) for i, prompt in enumerate(ids[: wanted.examples])]
     facts = {"prompts": len(ids), "unfit": len(data) - len(ids), "base": wanted.base, **_spread(np.array(lengths))}
@@ -196,11 +204,22 @@ def _show(found: dict[str, Any], converted: Converted) -> None:
         problems = Table("left out", "reason", "where")
         for reason, count in found["rejected"].items():
             places = found["places"].get(reason, [])
-            where = ", ".join(place["where"].rpartition("/")[2] for place in places[:4]) + (", ..." if count > 4 else "")
+            where = _short([place["where"] for place in places[:4]]) + (", ..." if count > 4 else "")
             detail = next((place["detail"] for place in places if place["detail"]), "")
             detail = f"\n[dim]{escape(detail[:100])}[/]" if detail else ""
             problems.add_row(f"{count:,}", f"[yellow]{escape(reason)}[/]{detail}", escape(where))
         console.print(problems)
+
+
+def _short(places: list[str]) -> str:
+    """Places as `file:3, 7, other:1`."""
+    shown: list[str] = []
+    before = ""
+    for place in places:
+        file, _, line = place.rpartition("/")[2].rpartition(":")
+        shown.append(line if file == before else f"{file}:{line}")
+        before = file
+    return ", ".join(shown)
 
 
 def _pairs_text(pairs: dict[str, Any]) -> str:
@@ -259,8 +278,6 @@ def shown(chat: Chat, example: Example) -> list[Text]:
 
 def columns_of(text: str | None) -> dict[str, str] | None:
     """`prompt=question,completion=reply` as a mapping."""
-    from align.errors import AlignError
-
     if text is None:
         return None
     pairs = [part.partition("=") for part in text.split(",")]

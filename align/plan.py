@@ -81,6 +81,21 @@ def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | 
     return list(plans.values())
 
 
+def shared_prompts(plans: Sequence[Planned]) -> dict[str, dict[str, int]]:
+    """How many of an evaluation's prompts each earlier stage trains on: evaluation -> stage -> prompts, where there are any."""
+    import numpy as np
+
+    found: dict[str, dict[str, int]] = {}
+    for evaluation in (planned for planned in plans if planned.stage.kind == "evaluate"):
+        prompts = np.unique(evaluation.data["prompts"].column("prompt"))
+        for planned in plans:
+            for role in ("data", "preferences", "prompts") if planned.stage.kind != "evaluate" else ():
+                shared = np.isin(prompts, planned.data[role].column("prompt")).sum() if role in planned.data else 0
+                if shared:
+                    found.setdefault(evaluation.stage.name, {})[planned.stage.name] = int(shared)
+    return found
+
+
 def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
     data = {role: load_data(sources, kind, f"{stage.name}.{role}") for role, (sources, kind) in stage.data.items()}
     for role, rows in data.items():

@@ -24,7 +24,7 @@ from align.base import Base, loading_explained, local_model
 from align.curves import draw
 from align.data.mix import Data
 from align.errors import AlignError
-from align.plan import CHECKPOINT, Planned, make_plan
+from align.plan import CHECKPOINT, Planned, make_plan, shared_prompts
 from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
 from align.settings import EvaluateSettings, PPOSettings, Settings, Training
@@ -72,7 +72,7 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     make_plan(recipe, run, only, start)  # every mistake that can be seen beforehand is told before the folder is made
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)
-        check_data(recipe, [planned for planned in plans if planned.state in ("run", "resume")])
+        check_data(plans)
         (run / "run.json").write_text(json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n")
         for number, planned in enumerate(plans, 1):
             label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"
@@ -87,22 +87,26 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
                 _run_stage(recipe, planned)
 
 
-def check_data(recipe: Recipe, plans: Sequence[Planned]) -> None:
+def check_data(plans: Sequence[Planned]) -> None:
     """Turn every stage's rows into tokens, so that trouble with any of them stops the run before weights are loaded.
 
     Raises:
         AlignError: see `align.data.tokenise.prepare`.
     """
-    if not plans:
+    todo = [planned for planned in plans if planned.state in ("run", "resume")]
+    if not todo:
         return
+    for evaluation, stages in shared_prompts(plans).items():
+        for stage, count in stages.items():
+            say(f"[yellow]{evaluation}: {count} of its prompts are also trained on by {stage}; its figures will flatter[/]")
     from align.chat import Chat
     from align.data.tokenise import prepare, prompt_ids
 
-    base = plans[0].base
+    base = todo[0].base
     location = local_model(base)
     with loading_explained(base.source):
         chat = Chat.load(location, base.revision if location == base.location else None)
-    for planned in plans:
+    for planned in todo:
         name, settings, (role, data) = planned.stage.name, planned.stage.settings, next(iter(planned.data.items()))
         if isinstance(settings, Training):
             prepare(name, role, data, chat, settings)

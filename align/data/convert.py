@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -76,6 +76,10 @@ class Converted:
     def place(self, file: int, line: int) -> str:
         """Where a record came from: file:line (or row)."""
         return f"{self.report['files'][file]['path']}:{line}"
+
+
+class Gathered(dict):
+    """Rows that make records together, under `rows`, with their `lines`."""
 
 
 class Work(NamedTuple):
@@ -161,18 +165,20 @@ def _processes(path: Path) -> int:
     return (os.cpu_count() or 1) if path.stat().st_size >= SEVERAL_PROCESSES_FROM else 1
 
 
-def _gathered(numbered: Iterator[tuple[int, Any]], format: Format) -> list[tuple[int, Any]]:
+def _gathered(numbered: Iterable[tuple[int, Any]], format: Format) -> list[tuple[int, Any]]:
     """Rows of one key (a tree's messages, a prompt's replies) as one row, at the place of the first. They are held in memory."""
-    groups: dict[Any, tuple[int, dict[str, Any]]] = {}
+    groups: dict[Any, tuple[int, Any]] = {}
     for line, row in numbered:
         if isinstance(row, Unreadable):
-            groups[line, None] = (line, row)  # type: ignore[assignment]
+            groups[line, None] = (line, row)
             continue
         try:
             key = group_key(format, row)
         except (Unfit, KeyError, TypeError, AttributeError):
             key = f"\0{line}"  # alone: the converter says what is wrong with it
-        groups.setdefault(key, (line, {"rows": []}))[1]["rows"].append(row)
+        group = groups.setdefault(key, (line, Gathered(rows=[], lines=[])))[1]
+        group["rows"].append(row)
+        group["lines"].append(line)
     return list(groups.values())
 
 
@@ -201,7 +207,7 @@ def _batches(work: Work) -> Iterator[tuple[int, Any]]:
         return
     convert, lines, count = converter(work.format), list[tuple](), 0
     for line, row in work.rows if work.rows is not None else rows(work.part):  # type: ignore[arg-type]
-        count += 1
+        count += len(row["lines"]) if isinstance(row, Gathered) else 1
         lines += _lines(work.file, line, row, convert, work.format.kind)
         if len(lines) >= BATCH:
             yield count, _batch(lines)
@@ -289,10 +295,16 @@ def _lines(file: int, line: int, row: Any, convert: Any, kind: Kind) -> list[tup
     try:
         records = convert(row)
     except Unfit as error:
-        return [(file, line, _raw(row), False, error.reason, error.detail, *REFUSED)]
+        return _refused(file, line, row, error.reason, error.detail)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        return [(file, line, _raw(row), False, "does not fit the format", f"{type(error).__name__}: {error}"[:200], *REFUSED)]
-    return [_line(file, line, record, kind) for record in records] or [(file, line, _raw(row), False, NO_RECORD, "", *REFUSED)]
+        return _refused(file, line, row, "does not fit the format", f"{type(error).__name__}: {error}"[:200])
+    return [_line(file, line, record, kind) for record in records] or _refused(file, line, row, NO_RECORD, "")
+
+
+def _refused(file: int, line: int, row: Mapping[str, Any], reason: str, detail: str) -> list[tuple]:
+    """The columns of a row that gives no record; of each of its rows where it was gathered."""
+    each = zip(row["lines"], row["rows"], strict=True) if isinstance(row, Gathered) else [(line, row)]
+    return [(file, at, _raw(one), False, reason, detail, *REFUSED) for at, one in each]
 
 
 def _line(file: int, line: int, record: dict[str, Any], kind: Kind) -> tuple:

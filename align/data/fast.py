@@ -6,9 +6,11 @@ goes the plain way of `align.data.convert`, which decides and says why; both way
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
@@ -49,6 +51,7 @@ def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | No
     block = b"\n".join(lines)
     plain = "messages" not in format.columns
     try:
+        deque(map(orjson.loads, lines), maxlen=0)  # what Arrow takes and JSON is not: Inf, two rows on a line and none on the next
         if not block.isascii():
             block.decode()
         table = pa.json.read_json(
@@ -56,7 +59,7 @@ def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | No
             pa.json.ReadOptions(use_threads=False, block_size=max(len(block) + 1, 1 << 16)),
             pa.json.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore" if plain else "infer"),
         ).combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
+    except (orjson.JSONDecodeError, pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return None
     if len(table) != len(lines) or any(table.schema.field(field.name).type != field.type for field in layout):
         return None
@@ -69,31 +72,27 @@ def _whole(column: pa.ChunkedArray) -> Any:
 
 
 def _check_columns(texts: dict[str, Any], format: Format) -> Checked:
-    good = np.ones(len(texts["prompt"]), dtype=bool)
+    prompt = texts["prompt"]
+    good = np.ones(len(prompt), dtype=bool)
     for field, column in texts.items():
         if field != "input":
             good &= _true(pc.invert(_blank(column)))
-        good &= ~_true(_odd(column))
-    prompt = texts["prompt"]
-    good &= ~_true(pc.starts_with(prompt, "\n\nHuman:"))
     if "input" in texts:
         extra = pc.fill_null(texts["input"], "")
         empty = pc.equal(extra, "")
         none = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(extra)), pa.array(["", *NO_INPUT]))
         good &= _true(pc.or_(empty, pc.invert(none)))
         prompt = pc.if_else(empty, prompt, pc.binary_join_element_wise(prompt, extra, "\n\n"))
+    replies = [texts[field] for field in ("chosen", "rejected", "completion") if field in texts]
+    joined = pc.binary_join_element_wise(prompt, *replies, SEPARATOR)
+    good &= ~_true(_odd(joined, len(replies)))
+    sizes = {"characters": _numbers(pc.utf8_length(joined)) - len(replies)}
     if format.kind == "preference":
-        chosen, rejected = texts["chosen"], texts["rejected"]
+        chosen, rejected = replies
         good &= _true(pc.not_equal(pc.utf8_trim_whitespace(chosen), pc.utf8_trim_whitespace(rejected)))
-        for column in (chosen, rejected):
-            good &= ~_true(pc.match_substring_regex(column, r"\n\n(Human|Assistant):"))
-        joined = pc.binary_join_element_wise(prompt, chosen, rejected, SEPARATOR)
         longer = pc.subtract(pc.utf8_length(chosen), pc.utf8_length(rejected))
-        return Checked(good, {**_pair_hashes(joined), **_sizes(joined, 2), "longer": _numbers(longer)})
-    joined = pc.binary_join_element_wise(prompt, texts["completion"], SEPARATOR)
-    return Checked(
-        good, {**_hashes(joined, np.zeros(len(joined), dtype=bool)), **_sizes(joined, 1), **_none(len(joined), "pair", "longer")}
-    )
+        return Checked(good, {**_pair_hashes(joined), **sizes, "longer": _numbers(longer)})
+    return Checked(good, {**_hashes(joined, np.zeros(len(joined), dtype=bool)), **sizes, **_none(len(joined), "pair", "longer")})
 
 
 def _check_messages(messages: Any) -> Checked:
@@ -108,12 +107,14 @@ def _check_messages(messages: Any) -> Checked:
     has_system = np.zeros(len(messages), dtype=bool)
     has_system[row[(at == 0) & (code == 2)]] = True
     expected = np.where((at == 0) & has_system[row], 2, (at - has_system[row]) % 2)
-    right = (code == expected) & ~_true(_blank(contents)) & ~_true(_odd(contents)) & ~_true(pc.is_null(contents))
+    right = (code == expected) & _true(pc.invert(_blank(contents)))
     wrong = np.bincount(row[~right], minlength=len(messages)) > 0
     good = ~wrong & ((counts - has_system) % 2 == 0) & (counts - has_system >= 2)
     offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
     joined = pc.binary_join(pa.ListArray.from_arrays(offsets, pc.fill_null(contents, "")), SEPARATOR)
-    return Checked(good, {**_hashes(joined, has_system), **_sizes(joined, counts - 1), **_none(len(joined), "pair", "longer")})
+    good &= ~_true(_odd(joined, pa.array((counts - 1).astype(np.int32))))
+    sizes = {"characters": _numbers(pc.utf8_length(joined)) - (counts - 1)}
+    return Checked(good, {**_hashes(joined, has_system), **sizes, **_none(len(joined), "pair", "longer")})
 
 
 def _blank(column: Any) -> Any:
@@ -121,9 +122,12 @@ def _blank(column: Any) -> Any:
     return pc.or_(pc.equal(column, ""), pc.utf8_is_space(column))
 
 
-def _odd(column: Any) -> Any:
-    """True where a row wants a closer look: braces may be a placeholder, a separator would confuse the hashes."""
-    return pc.or_(pc.match_substring(column, "{{"), pc.match_substring(column, SEPARATOR))
+def _odd(joined: Any, separators: Any) -> Any:
+    """True where a row wants a closer look: braces may be a placeholder, a transcript has turns in it, a separator confuses hashes."""
+    odd = pc.not_equal(pc.count_substring(joined, SEPARATOR), pa.scalar(separators, pa.int32()) if isinstance(separators, int) else separators)
+    for mark in ("{{", "\n\nHuman:", "\n\nAssistant:"):
+        odd = pc.or_(odd, pc.match_substring(joined, mark))
+    return odd
 
 
 def _true(mask: Any) -> np.ndarray:
@@ -137,10 +141,6 @@ def _numbers(numbers: Any, missing: int = 0) -> np.ndarray:
 
 def _none(count: int, *names: str) -> dict[str, np.ndarray]:
     return {name: np.zeros(count, dtype=np.int64) for name in names}
-
-
-def _sizes(joined: Any, separators: Any) -> dict[str, np.ndarray]:
-    return {"characters": _numbers(pc.utf8_length(joined)) - separators}
 
 
 def _hashes(joined: Any, has_system: np.ndarray) -> dict[str, np.ndarray]:

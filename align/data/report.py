@@ -35,7 +35,8 @@ def describe(converted: Converted, formats: Sequence[Format], rows: int) -> dict
     first = first_of(table["digest"].to_numpy(), kept)
     refused = {int(at): table["reason"][int(at)].as_py() or DUPLICATE for at in np.flatnonzero(~first)}  # in the order of the rows
     kind = formats[0].kind
-    lines = _distinct_lines(table, first)
+    gathers = any(format.gathers for format in formats)  # then a record has the place of the first of its rows
+    lines = rows - int((~kept).sum()) if gathers else _distinct_lines(table, first)
     report: dict[str, Any] = {
         "kind": kind,
         "format": ", ".join(dict.fromkeys(format.name for format in formats)),

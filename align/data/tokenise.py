@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from align.artifact import identity_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 REVISION = 1  # raised when the same records begin to give other tokens
 SEVERAL_PROCESSES_FROM = 20_000  # records
 OVERLONG = "over the longest length"
+NEAR_DUPLICATE = "near duplicate of an earlier record"
 PIECE = 500  # records rendered at one time
 
 
@@ -124,7 +126,7 @@ def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, fo
     stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()) + overlong, settings.max_bad_rows, name)
     if settings.near_duplicates is not None:
         near = np.isin(columns["record"], near_duplicates(data, settings.near_duplicates)["at"])
-        counts["near duplicate of an earlier record"], good = int((near & good).sum()), good & ~near
+        counts[NEAR_DUPLICATE], good = int((near & good).sum()), good & ~near
     keys = data.column("key")[columns["record"]]
     held = good & is_heldout(keys, settings.holdout, settings.seed)
     times = times_in_epoch(data.weights()[columns["record"]], data.column("digest")[columns["record"]], settings.seed)
@@ -142,7 +144,7 @@ def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, fo
         "tokens": int(columns["tokens"][training].sum(dtype=np.int64)),
     }
     if folder is not None:
-        write_rejected(folder, data, ((where[int(i)], reasons[int(i)].as_py()) for i in np.flatnonzero(~good)))
+        write_rejected(folder, data, ((where[int(i)], reasons[int(i)].as_py() or NEAR_DUPLICATE) for i in np.flatnonzero(~good)))
         _say(name, facts, settings)
     return Examples(
         Stored(dataset, training),
@@ -175,7 +177,7 @@ def _say(name: str, facts: dict[str, Any], settings: Training) -> None:
     text += f", {facts['overlong']:,} over {settings.max_length} tokens {policy.get(settings.on_overlong, 'left out')}"
     say(text + (f", {facts['cut']:,} shortened" if facts["cut"] else ""))
     for reason, count in facts["unfit"].items():
-        say(f"  [yellow]{name}: {count:,} left out: {reason}[/]")
+        say(f"  [yellow]{name}: {count:,} left out: {escape(reason)}[/]")
 
 
 def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
@@ -183,9 +185,8 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     import datasets
 
     rendering = {"train_on": getattr(settings, "train_on", None), "max_length": settings.max_length, "on_overlong": settings.on_overlong}
-    fingerprint = identity_of(
-        {"revision": REVISION, "data": data.identity, "chat": [chat.template_fingerprint, chat.tokenizer_fingerprint], **rendering}
-    )[:32]
+    known = [chat.template_fingerprint, chat.tokenizer_fingerprint, chat.tokenizer.special_tokens_map]  # templates write those too
+    fingerprint = identity_of({"revision": REVISION, "data": data.identity, "chat": known, **rendering})[:32]
     folder = cache_folder() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     import pyarrow as pa
@@ -251,7 +252,8 @@ class _Renderer:
     """Renders a batch of records; `datasets` sends it to its processes."""
 
     def __init__(self, chat: Chat, converted: Sequence[Converted], kind: str, rendering: dict[str, Any]):
-        self.chat, self.converted, self.kind, self.rendering = chat, converted, kind, rendering
+        self.chat, self.kind, self.rendering = chat, kind, rendering
+        self.converted = [Converted(each.folder, each.report) for each in converted]  # without the tables that those have open
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason", "detail")}
