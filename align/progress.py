@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 console = Console(highlight=False, soft_wrap=True)
 SECONDS_BETWEEN_LINES = 10.0  # without a terminal
@@ -84,6 +85,11 @@ class Meter:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def tracked(steps: Iterable[Any], total: int, text: str) -> Iterator[Any]:
+    """The steps, with a bar on a terminal while they are worked through."""
+    yield from track(steps, text, total=total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def seconds_so_far(metrics: Path) -> float:

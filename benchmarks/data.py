@@ -58,8 +58,8 @@ class Peak(threading.Thread):
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
             for process in [str(os.getpid()), *children]:
                 try:
-                    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-                    total += int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+                    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                    total += int(next(line for line in lines if line.startswith("Pss_Anon")).split()[1]) * 1024
                 except (OSError, StopIteration):
                     continue
             self.bytes = max(self.bytes, total)
@@ -126,7 +126,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(table, indent=1))
         return None
-    print("| format | load_dataset | align, first pass | ratio | second pass | peak memory | of 10,000 rows |\n|---|---|---|---|---|---|---|")
+    print(
+        "| format | load_dataset | align, first pass | ratio | second pass | peak memory | of 10,000 rows |\n|---|---|---|---|---|---|---|"
+    )
     for line in table:
         theirs, ours = line["load_dataset"], line["align"]
         print(

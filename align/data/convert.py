@@ -28,8 +28,9 @@ from align.data.checks import Problem, find_problem
 from align.data.formats import converter, group_key, recognise
 from align.data.read import Part, Unreadable, first_rows, json_row, line_blocks, parts, rows
 from align.data.rows import Format, Unfit
-from align.data.sources import Source, find_files, hub_rows
+from align.data.sources import Source, data_suffix, find_files, hub_rows
 from align.errors import AlignError
+from align.progress import tracked
 from align.records import Kind, first_user_turn
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 REVISION = 1  # raised when the same files begin to give other records
 BATCH = 5000  # records written at one time
 SEVERAL_PROCESSES_FROM = 8_000_000  # bytes; below, starting processes costs more than it saves
+PART = 64_000_000  # bytes of a large file that are converted at one time
 SEEN_FOR_FORMAT = 1000  # rows looked at to recognise a file
 RAW_KEPT = 2000  # characters of a refused row kept for rejected.jsonl
 NO_RECORD = "nothing in it to make a record of"
@@ -106,7 +108,7 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
     files = find_files(source, where)
     known = [{"path": str(path), "sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files]
     hub = [source.path, source.split, source.revision, source.config]
-    decides = [REVISION, kind, sorted((source.columns or {}).items()), [f["sha256"] for f in known] or hub]
+    decides = [REVISION, kind, sorted((source.columns or {}).items()), [(f["sha256"], data_suffix(f["path"])) for f in known] or hub]
     name = f"{xxh3_64_intdigest(json.dumps(decides).encode()):016x}-{_safe(source.path)}"
     folder = cache_folder() / "data" / name
     if not (folder / "report.json").is_file():
@@ -114,7 +116,8 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
             _convert(source, kind, where, files, work)
-            if not folder.exists():
+            if not (folder / "report.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of what somebody cleaned up in part
                 os.replace(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -139,7 +142,7 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
             found = _gathered(((line, row) for part in parts(path, 1) for line, row in rows(part)), format)
             jobs.append((None, found, number, format))
         else:
-            jobs += [(part, None, number, format) for part in parts(path, _processes(path))]
+            jobs += [(part, None, number, format) for part in parts(path, _parts(path))]
     if not files:
         found = list(hub_rows(source, where))
         format = recognise([row for _, row in found[:SEEN_FOR_FORMAT]], kind, source.path, source.columns)
@@ -149,8 +152,9 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
         counts = [convert_part(work) for work in works]
     else:
-        with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
-            counts = list(pool.map(convert_part, works))
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), context) as pool:
+            counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))
     report = describe(Converted(folder, {"files": []}), formats, sum(counts))
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
 
@@ -161,8 +165,10 @@ def _no_row(path: Path) -> NoReturn:
     raise AlignError(f"{path}:{line}: {row.reason} ({row.detail}), and no row after it can be read either.")
 
 
-def _processes(path: Path) -> int:
-    return (os.cpu_count() or 1) if path.stat().st_size >= SEVERAL_PROCESSES_FROM else 1
+def _parts(path: Path) -> int:
+    """Parts of a file: as many as there are processors, and more of a large one, so that a bar shows how far it is."""
+    size = path.stat().st_size
+    return max(os.cpu_count() or 1, size // PART) if size >= SEVERAL_PROCESSES_FROM else 1
 
 
 def _gathered(numbered: Iterable[tuple[int, Any]], format: Format) -> list[tuple[int, Any]]:
@@ -188,11 +194,13 @@ def convert_part(work: Work) -> int:
 
     gc.disable()  # millions of small objects without a cycle: collecting costs a seventh of the time
     count = 0
-    with pa.OSFile(work.target, "wb") as sink, pa.ipc.new_stream(sink, schema()) as writer:
-        for rows_read, batch in _batches(work):
-            count += rows_read
-            writer.write_batch(batch)
-    gc.enable()
+    try:
+        with pa.OSFile(work.target, "wb") as sink, pa.ipc.new_stream(sink, schema()) as writer:
+            for rows_read, batch in _batches(work):
+                count += rows_read
+                writer.write_batch(batch)
+    finally:
+        gc.enable()
     return count
 
 
@@ -338,13 +346,17 @@ def _measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:
     messages = record["prompt"]
     opening = SEPARATOR.join([message["content"] for message in messages])
     key, prompt = _hash(first_user_turn(messages)), _hash(opening)
+    plain = "tools" not in record and max(map(len, messages)) == 2
     if kind == "prompt":
-        return key, prompt, prompt, 0, len(opening), 0, 1.0, 0.0
-    chosen, rejected = record["chosen"][0]["content"], record["rejected"][0]["content"]
+        return key, prompt, prompt if plain else xxh3_64_intdigest(text) - HALF, 0, len(opening), 0, 1.0, 0.0
+    better, worse = record["chosen"][0], record["rejected"][0]
+    chosen, rejected = better["content"], worse["content"]
+    size, longer = len(opening) + len(chosen) + len(rejected), len(chosen) - len(rejected)
+    if not (plain and len(better) == len(worse) == 2):  # they may differ in their tools and calls alone
+        opening, chosen, rejected = (orjson.dumps(part).decode() for part in ([messages, record.get("tools")], better, worse))
     pair = _hash(SEPARATOR.join((opening, *sorted((chosen, rejected)))))
     whole = _hash(SEPARATOR.join((opening, chosen, rejected)))
-    size = len(opening) + len(chosen) + len(rejected)
-    return key, prompt, whole, pair, size, len(chosen) - len(rejected), record.get("chosen_probability", 1.0), record.get("margin", 0.0)
+    return key, prompt, whole, pair, size, longer, record.get("chosen_probability", 1.0), record.get("margin", 0.0)
 
 
 def _hash(text: str) -> int:

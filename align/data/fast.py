@@ -85,7 +85,7 @@ def _check_columns(texts: dict[str, Any], format: Format) -> Checked:
         prompt = pc.if_else(empty, prompt, pc.binary_join_element_wise(prompt, extra, "\n\n"))
     replies = [texts[field] for field in ("chosen", "rejected", "completion") if field in texts]
     joined = pc.binary_join_element_wise(prompt, *replies, SEPARATOR)
-    good &= ~_true(_odd(joined, len(replies)))
+    good &= ~_true(_odd(joined, pa.scalar(len(replies), pa.int32())))
     sizes = {"characters": _numbers(pc.utf8_length(joined)) - len(replies)}
     if format.kind == "preference":
         chosen, rejected = replies
@@ -124,7 +124,7 @@ def _blank(column: Any) -> Any:
 
 def _odd(joined: Any, separators: Any) -> Any:
     """True where a row wants a closer look: braces may be a placeholder, a transcript has turns in it, a separator confuses hashes."""
-    odd = pc.not_equal(pc.count_substring(joined, SEPARATOR), pa.scalar(separators, pa.int32()) if isinstance(separators, int) else separators)
+    odd = pc.not_equal(pc.count_substring(joined, SEPARATOR), separators)
     for mark in ("{{", "\n\nHuman:", "\n\nAssistant:"):
         odd = pc.or_(odd, pc.match_substring(joined, mark))
     return odd

@@ -156,7 +156,7 @@ def stop_if_bad(
     Raises:
         AlignError: then.
     """
-    if left and bad <= max_bad_rows * rows:
+    if left and bad / max(rows, 1) <= max_bad_rows:  # not bad <= max_bad_rows * rows: 0.29 * 100 is less than 29
         return
     share = f"{bad} of {rows} rows cannot be used ({bad / max(rows, 1):.1%}; at most {max_bad_rows:.1%} may be left out)"
     lines = [f"{where}: {share if bad else 'no row is left to use'}:"]

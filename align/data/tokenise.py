@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -24,7 +25,7 @@ from align.data.near import near_duplicates
 from align.data.report import stop_if_bad
 from align.errors import AlignError
 from align.model.packing import Example
-from align.progress import say
+from align.progress import console, say
 from align.records import Message, write_jsonl
 from align.settings import Training
 
@@ -201,7 +202,7 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     whole = sources[0] if len(sources) == 1 else datasets.concatenate_datasets(sources)
     records = whole.select(starts[data.chosen[:, 0]] + data.chosen[:, 1], new_fingerprint=fingerprint)
     processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
-    with _quiet_datasets():
+    with _bars_of_datasets(processes is not None and console.is_terminal):
         return records.map(
             _Renderer(chat, data.converted, data.kind, rendering),
             batched=True,
@@ -210,25 +211,23 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
             remove_columns=["record", "raw", "file", "source"],
             features=_features(),
             num_proc=processes,
+            desc="tokenising",
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             new_fingerprint=f"{fingerprint}-tokens",
         )
 
 
-class _quiet_datasets:  # noqa: N801
-    """No progress bars of the library while ours says what goes on."""
+@contextmanager
+def _bars_of_datasets(shown: bool) -> Iterator[None]:
+    """The library's progress bars only where there is something to wait for and someone to see it."""
+    import datasets
 
-    def __enter__(self) -> None:
-        import datasets
-
-        self.were_on = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        import datasets
-
-        if self.were_on:
-            datasets.enable_progress_bars()
+    were_shown = not datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.enable_progress_bars if were_shown else datasets.disable_progress_bars)()
 
 
 def _features() -> datasets.Features:
