@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
 from rich.text import Text
 
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from align.chat import Chat
     from align.data.tokenise import Examples
     from align.model.packing import Example
+    from align.settings import Training
 
 STAGE_KINDS: dict[str, Kind] = {"sft": "conversation", "reward": "preference", "dpo": "preference", "ppo": "prompt", "evaluate": "prompt"}
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 32
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # by terminals: controls, and what turns text around
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ def inspect(wanted: Wanted) -> None:
         AlignError: where the source cannot be read or its format is not known.
     """
     kind = wanted.kind or (STAGE_KINDS[wanted.stage] if wanted.stage else None)
+    if wanted.stage and kind != STAGE_KINDS[wanted.stage]:
+        raise AlignError(f"--kind {kind}: the stage {wanted.stage} takes {STAGE_KINDS[wanted.stage]}s. Leave one of the two out.")
+    if wanted.examples < 0:
+        raise AlignError(f"--examples {wanted.examples}: expected 0 or more.")
+    if wanted.near is not None and not 0 < wanted.near <= 1:
+        raise AlignError(f"--near-duplicates {wanted.near}: expected a share over 0 and at most 1, such as 0.8.")
     converted = convert_source(wanted.source, kind, "align inspect")
     data = Data(converted.report["kind"], (wanted.source,), (converted,))
     found: dict[str, Any] = {"source": wanted.source.path, **_public(converted)}
@@ -65,8 +74,9 @@ def inspect(wanted: Wanted) -> None:
         found.setdefault("shared_prompts", {})[path] = _shared(data, path)
     rendered, trouble = None, ""
     if len(data):
+        chat, settings = _chat(wanted.base), _settings(wanted, data.kind)
         try:
-            rendered = _rendered(wanted, data)
+            rendered = _rendered(wanted, data, chat, settings)
         except AlignError as error:  # what a stage would stop with; what was found is shown all the same
             trouble = str(error)
     found["tokens"] = rendered.facts if rendered else {"stops": trouble}
@@ -107,8 +117,11 @@ def _shared(data: Data, path: str) -> int:
 def _write(out: Path, data: Data) -> None:
     from align.records import write_jsonl
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out, data.records())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(out, data.records())
+    except OSError as error:
+        raise AlignError(f"--out {out}: cannot be written ({error.strerror}). Give another file.") from None
 
 
 # In tokens ------------------------------------------------------------------------------------------------------------
@@ -126,27 +139,33 @@ class Rendered:
     facts: dict[str, Any]
 
 
-def _rendered(wanted: Wanted, data: Data) -> Rendered:
+def _chat(source: str) -> Chat:
     from align.base import find_base, loading_explained, local_model
     from align.chat import Chat
 
-    base = find_base(wanted.base)
+    base = find_base(source)
     location = local_model(base)
     with loading_explained(base.source):
-        chat = Chat.load(location, base.revision if location == base.location else None)
+        return Chat.load(location, base.revision if location == base.location else None)
+
+
+def _settings(wanted: Wanted, kind: Kind) -> Training:
+    from align.overrides import build
+    from align.settings import DPOSettings, RewardSettings, SFTSettings
+
+    settings: type[Training] = SFTSettings if kind == "conversation" else DPOSettings if wanted.stage == "dpo" else RewardSettings
+    given: dict[str, Any] = {"max_length": wanted.max_length, "on_overlong": wanted.on_overlong, "max_bad_rows": 1.0}
+    given |= {"train_on": wanted.train_on} if kind == "conversation" else {}
+    return build(settings, given, "align inspect")
+
+
+def _rendered(wanted: Wanted, data: Data, chat: Chat, settings: Training) -> Rendered:
     if data.kind == "prompt":
         return _rendered_prompts(wanted, data, chat)
     import numpy as np
 
     from align.data.tokenise import prepare
-    from align.overrides import build
-    from align.settings import DPOSettings, RewardSettings, SFTSettings, Training
 
-    kinds: dict[str | None, type[Training]] = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings}
-    kinds[None] = SFTSettings if data.kind == "conversation" else RewardSettings
-    given: dict[str, Any] = {"max_length": wanted.max_length, "on_overlong": wanted.on_overlong, "max_bad_rows": 1.0}
-    given |= {"train_on": wanted.train_on} if data.kind == "conversation" else {}
-    settings = build(kinds[wanted.stage], given, "align inspect")
     stage = wanted.stage or ("sft" if data.kind == "conversation" else "reward")
     examples = prepare(stage, "data" if stage == "sft" else "preferences", data, chat, settings)
     lengths = _lengths(examples)
@@ -248,25 +267,35 @@ def _show_tokens(rendered: Rendered, wanted: Wanted) -> None:
             console.print(text)
 
 
+def printable(text: str) -> str:
+    """Text whose control characters are written out, as a terminal would obey them; tabs and line ends stay."""
+    return OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def escape(text: str) -> str:
+    """Text of the data in the middle of markup: shown literally, and obeyed by nothing."""
+    return markup.escape(printable(text))
+
+
 def histogram(lengths: Sequence[int]) -> str:
     """Counts by length as a row of bars, with its ends written out."""
     import numpy as np
 
-    counts, edges = np.histogram(lengths, bins=min(BINS, max(1, len(set(lengths)))))
+    counts, _ = np.histogram(lengths, bins=min(BINS, max(1, len(set(lengths)))))
     heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)
-    return f"{int(edges[0]):,} {''.join(BARS[h] for h in heights)} {int(edges[-1]):,}"
+    return f"{min(lengths):,} {''.join(BARS[h] for h in heights)} {max(lengths):,}"
 
 
 def shown(chat: Chat, example: Example) -> list[Text]:
     """The example's prompt and completions with special tokens visible and trained tokens marked."""
-    parts = [Text(chat.tokenizer.decode(list(example.prompt)))]
+    parts = [Text(printable(chat.tokenizer.decode(list(example.prompt))))]
     for number, ids in enumerate(example.completions):
         trained = example.trained[number] if example.trained else (True,) * len(ids)
         text = Text(f"{('chosen', 'rejected')[number]}: ", style="bold") if len(example.completions) == 2 else Text()
         start = 0
         for at in range(1, len(ids) + 1):
             if at == len(ids) or trained[at] != trained[start]:
-                piece = chat.tokenizer.decode(list(ids[start:at]))
+                piece = printable(chat.tokenizer.decode(list(ids[start:at])))
                 if not trained[start]:
                     text.append(piece, style="dim")
                 else:

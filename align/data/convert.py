@@ -26,7 +26,8 @@ from xxhash import xxh3_64_intdigest
 from align.base import cache_folder, file_sha256
 from align.data.checks import Problem, find_problem
 from align.data.formats import converter, group_key, recognise
-from align.data.read import Part, Unreadable, first_rows, json_row, line_blocks, parts, rows
+from align.data.read import Part, Unreadable, first_rows, parts, rows
+from align.data.read_json import json_row, line_blocks
 from align.data.rows import Format, Unfit
 from align.data.sources import Source, data_suffix, find_files, hub_rows
 from align.errors import AlignError
@@ -108,7 +109,8 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
     files = find_files(source, where)
     known = [{"path": str(path), "sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files]
     hub = [source.path, source.split, source.revision, source.config]
-    decides = [REVISION, kind, sorted((source.columns or {}).items()), [(f["sha256"], data_suffix(f["path"])) for f in known] or hub]
+    contents = [(file["sha256"], data_suffix(path)) for file, path in zip(known, files, strict=True)]
+    decides = [REVISION, kind, sorted((source.columns or {}).items()), contents or hub]
     name = f"{xxh3_64_intdigest(json.dumps(decides).encode()):016x}-{_safe(source.path)}"
     folder = cache_folder() / "data" / name
     if not (folder / "report.json").is_file():
@@ -116,9 +118,12 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
             _convert(source, kind, where, files, work)
-            if not (folder / "report.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # of what somebody cleaned up in part
+            try:
                 os.replace(work, folder)
+            except OSError:  # another process was faster, or somebody cleaned up in part
+                if not (folder / "report.json").is_file():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.replace(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
@@ -136,7 +141,8 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     jobs: list[tuple[Part | None, list[tuple[int, Any]] | None, int, Format]] = []
     formats: list[Format] = []
     for number, path in enumerate(files):
-        format = recognise(first_rows(path, SEEN_FOR_FORMAT) or _no_row(path), kind, str(path), source.columns)
+        format = _recognised(first_rows(path, SEEN_FOR_FORMAT) or _no_row(path), kind, str(path), source)
+        kind = kind or format.kind  # all files of a source become one kind
         formats.append(format)
         if format.gathers:
             found = _gathered(((line, row) for part in parts(path, 1) for line, row in rows(part)), format)
@@ -145,7 +151,7 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
             jobs += [(part, None, number, format) for part in parts(path, _parts(path))]
     if not files:
         found = list(hub_rows(source, where))
-        format = recognise([row for _, row in found[:SEEN_FOR_FORMAT]], kind, source.path, source.columns)
+        format = _recognised([row for _, row in found[:SEEN_FOR_FORMAT]], kind, source.path, source)
         formats.append(format)
         jobs.append((None, _gathered(iter(found), format) if format.gathers else found, 0, format))
     works = [Work(*job, str(folder / f"part-{i:05d}.arrow")) for i, job in enumerate(jobs)]
@@ -157,6 +163,13 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
             counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))
     report = describe(Converted(folder, {"files": []}), formats, sum(counts))
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def _recognised(rows: list[dict], kind: Kind | None, path: str, source: Source) -> Format:
+    try:
+        return recognise(rows, kind, path, source.columns)
+    except RecursionError:
+        raise AlignError(f"{path}: holds values inside values, hundreds of times; expected rows of a few levels.") from None
 
 
 def _no_row(path: Path) -> NoReturn:
@@ -180,7 +193,7 @@ def _gathered(numbered: Iterable[tuple[int, Any]], format: Format) -> list[tuple
             continue
         try:
             key = group_key(format, row)
-        except (Unfit, KeyError, TypeError, AttributeError):
+        except (Unfit, KeyError, TypeError, AttributeError, RecursionError):
             key = f"\0{line}"  # alone: the converter says what is wrong with it
         group = groups.setdefault(key, (line, Gathered(rows=[], lines=[])))[1]
         group["rows"].append(row)
@@ -327,7 +340,10 @@ def _line(file: int, line: int, record: dict[str, Any], kind: Kind) -> tuple:
 
 
 def _raw(row: Any) -> bytes:
-    return json.dumps(row, default=repr)[:RAW_KEPT].encode()
+    try:
+        return json.dumps(row, default=repr)[:RAW_KEPT].encode()
+    except RecursionError:
+        return b"nested too deeply to be shown"
 
 
 def _measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:

@@ -312,7 +312,10 @@ def render(chat: Chat, kind: str, record: dict[str, Any], max_length: int, on_ov
         example, cut = _cut(example, max_length), True
     if example is None or example.longest > max_length:
         return [(None, False, Problem(OVERLONG))]
-    reason = _unusable(example, None if cut and on_overlong == "cut_completion" else chat.end_of_turn)
+    unfinished = cut and on_overlong == "cut_completion"
+    reason = _unusable(example, None if unfinished else chat.end_of_turn)
+    if reason and unfinished:  # sides that differ only after the cut: nothing is wrong with the row
+        reason = OVERLONG
     return [(None, False, Problem(reason))] if reason else [(example, cut, None)]
 
 

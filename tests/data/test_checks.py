@@ -169,7 +169,16 @@ def test_a_call_of_tools_needs_no_text_but_its_answer_does():
     assert reason({"messages": [USER, {**CALLS, "tool_calls": []}]}) == "a turn of the assistant is empty"
 
 
-PLACEHOLDERS = ["{{name}}", "I am {{ name }}.", "{{author_1}}", "a\n{{x}}\n", "`code` and {{name}}", "é {{name}}", "x.{{y}}", "```\ncode\n``` {{name}}"]
+PLACEHOLDERS = [
+    "{{name}}",
+    "I am {{ name }}.",
+    "{{author_1}}",
+    "a\n{{x}}\n",
+    "`code` and {{name}}",
+    "é {{name}}",
+    "x.{{y}}",
+    "```\ncode\n``` {{name}}",
+]
 NO_PLACEHOLDERS = [
     "${{ secrets.X }}",
     "${{name}}",
@@ -291,7 +300,9 @@ def test_json_that_python_gives_up_on_is_refused_alone(third_line):
 
 
 @pytest.mark.parametrize("kind", GOOD)
-@pytest.mark.parametrize(("line", "what"), [("[]", "a list"), ("null", "null"), ("3", "a number"), ('"text"', "a text"), ("true", "true or false")])
+@pytest.mark.parametrize(
+    ("line", "what"), [("[]", "a list"), ("null", "null"), ("3", "a number"), ('"text"', "a text"), ("true", "true or false")]
+)
 def test_a_line_that_is_json_but_no_object_says_what_it_is(third_line, kind, line, what):
     assert third_line(kind, line).startswith(f"not an object: {what}")
 
@@ -316,7 +327,9 @@ def test_a_role_nobody_knows_is_refused(third_line, role):
 
 @pytest.mark.parametrize("probability", [-0.1, 1.1, "likely"])
 def test_a_probability_out_of_range_is_refused_in_a_file(third_line, probability):
-    assert "chosen_probability is not a number from 0 to 1" in third_line("preference", GOOD["preference"] | {"chosen_probability": probability})
+    assert "chosen_probability is not a number from 0 to 1" in third_line(
+        "preference", GOOD["preference"] | {"chosen_probability": probability}
+    )
 
 
 def test_a_margin_must_be_a_number_in_a_file(third_line):
@@ -372,6 +385,8 @@ def test_a_line_separator_inside_a_text_ends_no_row(tmp_path):
 @pytest.mark.parametrize("kind", GOOD)
 def test_what_is_written_is_read_again(tmp_path, kind):
     extra = {"chosen_probability": 0.25, "margin": 2.0, "source": "judge"} if kind == "preference" else {}
-    rows = [{name: [*(turns("sua") if name != "chosen" and name != "rejected" else []), *value] for name, value in GOOD[kind].items()} | extra]
+    rows = [
+        {name: [*(turns("sua") if name != "chosen" and name != "rejected" else []), *value] for name, value in GOOD[kind].items()} | extra
+    ]
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert read_records(tmp_path / "a.jsonl", kind) == rows

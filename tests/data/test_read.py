@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from align.data import read
+from align.data import read_bytes, read_json
 from align.data.read import Unreadable, first_rows, parts, rows
 from align.errors import AlignError
 
@@ -416,15 +416,15 @@ def test_a_disk_that_fails(file, monkeypatch):
         def read(self, size=-1):
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(read, "_open", lambda path: Failing())
+    monkeypatch.setattr(read_bytes, "open_file", lambda path: Failing())
     with pytest.raises(AlignError, match=r"a.jsonl: cannot be read after 0 bytes of content \(.*Input/output error\); check the disk"):
         list(rows(part))
 
 
 def test_limits(file, monkeypatch):
-    monkeypatch.setattr(read, "LONGEST_ROW", 3 * read.MB)
-    monkeypatch.setattr(read, "LARGEST_OBJECT", 3 * read.MB)
-    long = "x" * (5 * read.MB)
+    monkeypatch.setattr(read_bytes, "LONGEST_ROW", 3 * read_bytes.MB)
+    monkeypatch.setattr(read_json, "LARGEST_OBJECT", 3 * read_bytes.MB)
+    long = "x" * (5 * read_bytes.MB)
     for name, text, message in [
         ("a.jsonl", '{"a": 1}\n{"a": "' + long + '"}\n', "a.jsonl: line 2 is longer than 3 MB; expected a row"),
         ("a.txt", "one\ntwo\n" + long, "a.txt: line 3 is longer than 3 MB"),
@@ -435,7 +435,7 @@ def test_limits(file, monkeypatch):
             "b.json:1: the file is one JSON object of more than 3 MB; only a list or one object a line",
         ),
         ("c.json", '{\n"a": 1}\n{"a":\n"' + long + '"}', "c.json:3: one row is larger than 3 MB"),
-        ("a.csv", 'a,b\n1,"' + "x\n" * (2 * read.MB), "a.csv:2: a quote that opens in this row is never closed"),
+        ("a.csv", 'a,b\n1,"' + "x\n" * (2 * read_bytes.MB), "a.csv:2: a quote that opens in this row is never closed"),
         ("b.csv", "a,b\n1," + long, "b.csv: a line is longer than 3 MB"),
     ]:
         with pytest.raises(AlignError, match=message):
@@ -462,7 +462,7 @@ def test_parts_hold_every_line_once_with_its_number(tmp_path_factory, text, ends
 
 
 def test_lines_longer_than_a_part(file):
-    path = file("a.jsonl", '{"a": "%s"}\n{"a": 2}\n' % ("x" * 3 * read.MB))
+    path = file("a.jsonl", '{"a": "%s"}\n{"a": 2}\n' % ("x" * 3 * read_bytes.MB))
     assert [part.first for part in parts(path, 6)] == [1, 2]
     assert all_rows(path, 6) == all_rows(path, 1)
 
@@ -486,11 +486,11 @@ def test_a_list_read_in_blocks_of_any_size_is_the_list(tmp_path_factory, items):
     path = tmp_path_factory.mktemp("list") / "a.json"
     for indent, block in ((None, 1), (2, 7), (None, 64)):
         path.write_text(json.dumps(items, indent=indent, ensure_ascii=block == 1), encoding="utf-8", errors="surrogatepass")
-        before, read._BLOCK = read._BLOCK, block
+        before, read_bytes.BLOCK = read_bytes.BLOCK, block
         try:
             assert only_rows(path) == items
         finally:
-            read._BLOCK = before
+            read_bytes.BLOCK = before
 
 
 @given(

@@ -324,14 +324,19 @@ def test_a_prompt_that_fills_the_limit_is_left_out(chat, tmp_path):
     assert prepared([SHORT, filled], tmp_path, chat, on_overlong="cut_completion", max_length=limit + 1).facts["cut"] == 1
 
 
-def test_a_preference_whose_sides_become_equal_is_left_out(chat, tmp_path):
+def test_a_preference_whose_sides_become_equal_is_left_out_as_too_long_and_not_as_bad(chat, tmp_path):
     rows = [preference("say a", "ab", "b"), preference("say a", "abcdef", "abcdeg")]
-    examples = prepared(
-        rows, tmp_path, chat, "preference", on_overlong="cut_completion", max_length=size("say a", "abcd"), max_bad_rows=1.0
-    )
-    assert examples.facts["training"] == 1
-    assert examples.facts["cut"] == 0
-    assert examples.facts["unfit"] == {"chosen and rejected are the same in tokens": 1}
+    limit = size("say a", "abcd")
+    facts = prepared(rows, tmp_path, chat, "preference", on_overlong="cut_completion", max_length=limit, max_bad_rows=0.0).facts
+    assert (facts["training"], facts["overlong"], facts["cut"], facts["unfit"]) == (1, 1, 0, {})
+
+
+def test_sides_that_the_template_makes_the_same_are_bad(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content | replace('colour', 'color') }}")
+    rows = [preference(f"say {i}", "red", "blue") for i in range(3)] + [preference("say a", "a colour", "a color")]
+    facts = prepared(rows, tmp_path, Chat.of(tokenizer), "preference", max_bad_rows=0.3).facts
+    assert facts["unfit"] == {"chosen and rejected are the same in tokens": 1}
 
 
 POLICIES = ["error", "drop", "shorten_prompt", "cut_completion"]
