@@ -32,7 +32,9 @@ def guarded(command, *arguments) -> int:
     try:
         command(*arguments)
     except AlignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from align.progress import printable
+
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("\nstopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from rich.text import Text
 
 from align.data.convert import Converted, convert_source
 from align.data.mix import Data
-from align.data.sources import Source
+from align.data.sources import Source, as_sources
 from align.errors import AlignError
-from align.progress import console
+from align.progress import console, printable
 from align.records import Kind
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 STAGE_KINDS: dict[str, Kind] = {"sft": "conversation", "reward": "preference", "dpo": "preference", "ppo": "prompt", "evaluate": "prompt"}
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 32
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # by terminals: controls, and what turns text around
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ def _shared(data: Data, path: str) -> int:
     """How many records have a prompt that the other file has too."""
     import numpy as np
 
-    other = convert_source(Source(path), "prompt", "--against")
+    (source,) = as_sources(path, "--against")
+    other = convert_source(source, "prompt", "--against")
     prompts = other.column("prompt")[np.asarray(other.table["reason"].is_null())]
     return int(np.isin(data.column("prompt"), prompts).sum())
 
@@ -179,10 +178,11 @@ def _rendered_prompts(wanted: Wanted, data: Data, chat: Chat) -> Rendered:
     from align.data.tokenise import prompt_ids
     from align.model.packing import Example
 
-    ids = prompt_ids(wanted.stage or "ppo", data, chat, 1.0)
+    ids = [prompt for _, prompt in prompt_ids(wanted.stage or "ppo", data, chat, 1.0)]
     lengths = [len(prompt) for prompt in ids]
     shown = [Example(i, prompt, ()) for i, prompt in enumerate(ids[: wanted.examples])]
-    facts = {"prompts": len(ids), "unfit": len(data) - len(ids), "base": wanted.base, **_spread(np.array(lengths))}
+    unfit = {"the chat template cannot render it": len(data) - len(ids)} if len(ids) < len(data) else {}
+    facts = {"prompts": len(ids), "unfit": unfit, "base": wanted.base, **_spread(np.array(lengths))}
     return Rendered(chat, wanted.base, None, shown, lengths, facts)
 
 
@@ -265,11 +265,6 @@ def _show_tokens(rendered: Rendered, wanted: Wanted) -> None:
         console.print(f"\n[dim]example {example.index}; {marks}[/]" if rendered.examples else f"\n[dim]prompt {example.index}[/]")
         for text in shown(rendered.chat, example):
             console.print(text)
-
-
-def printable(text: str) -> str:
-    """Text whose control characters are written out, as a terminal would obey them; tabs and line ends stay."""
-    return OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def escape(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 SECONDS_BETWEEN_LINES = 10.0  # without a terminal
 
 
@@ -96,6 +97,14 @@ def seconds_so_far(metrics: Path) -> float:
     """Seconds that a stopped stage had worked when it wrote its last metrics."""
     lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
     return json.loads(lines[-1])["seconds"] if lines else 0.0
+
+
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # by terminals: controls, and what turns text around
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are written out, as a terminal would obey them; tabs and line ends stay."""
+    return OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def say(text: str) -> None:

@@ -100,7 +100,7 @@ def check_data(plans: Sequence[Planned]) -> None:
         for stage, count in stages.items():
             say(f"[yellow]{evaluation}: {count} of its prompts are also trained on by {stage}; its figures will flatter[/]")
     from align.chat import Chat
-    from align.data.tokenise import prepare, prompt_ids
+    from align.data.tokenise import demonstrations, prepare, prompt_ids
 
     base = todo[0].base
     location = local_model(base)
@@ -110,8 +110,10 @@ def check_data(plans: Sequence[Planned]) -> None:
         name, settings, (role, data) = planned.stage.name, planned.stage.settings, next(iter(planned.data.items()))
         if isinstance(settings, Training):
             prepare(name, role, data, chat, settings)
+            if "demonstrations" in planned.data:
+                demonstrations(name, planned.data["demonstrations"], chat, settings)
         elif isinstance(settings, PPOSettings | EvaluateSettings):
-            prompt_ids(name, data, chat, settings.max_bad_rows)
+            prompt_ids(name, data, chat, settings.max_bad_rows, getattr(settings, "max_prompt_tokens", None))
 
 
 def _ago(planned: Planned) -> str:

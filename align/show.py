@@ -14,7 +14,7 @@ from rich.table import Table
 from align.artifact import FACTS, Artifact
 from align.errors import AlignError
 from align.plan import PARTIAL, Planned
-from align.progress import console
+from align.progress import console, printable
 from align.recipe import Recipe
 
 SAMPLES_SHOWN = 4
@@ -168,14 +168,9 @@ def _show_samples(path: Path, count: int) -> None:
         for _ in shown:
             grid.add_column(ratio=1)
         grid.add_row(*(f"[bold]{name}[/] ({_score(row['answers'][name][0]['score'])})" for name in shown))
-        grid.add_row(*(escape(_printable(row["answers"][name][0]["text"])) for name in shown))
-        console.print(Panel(grid, title=escape(_printable(row["prompt"][-1]["content"])[:110]), title_align="left"))
+        grid.add_row(*(escape(printable(row["answers"][name][0]["text"])) for name in shown))
+        console.print(Panel(grid, title=escape(printable(row["prompt"][-1]["content"])[:110]), title_align="left"))
 
 
 def _score(score: float | None) -> str:
     return "cut off, not scored" if score is None else f"score {score:+.2f}"
-
-
-def _printable(text: str) -> str:
-    """Text without control characters, which a model may write and a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

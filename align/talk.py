@@ -16,9 +16,9 @@ from align.chat import Chat, UnfitMessages
 from align.errors import AlignError
 from align.model.generate import decode
 from align.model.load import Sampler, load_role, open_trunk
-from align.progress import console
+from align.progress import console, printable
 from align.records import Message
-from align.show import _printable, open_run
+from align.show import open_run
 
 MARK = "\ufffd"  # what a token that holds part of a character decodes to
 
@@ -112,10 +112,10 @@ def _turns(interactive: bool) -> Iterator[str]:
 def _one_turn(speakers: list[Speaker], text: str) -> None:
     if len(speakers) == 1:
         for piece in speakers[0].answer(text):
-            print(_printable(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
-    answers = [_printable("".join(speaker.answer(text)).strip()) for speaker in speakers]
+    answers = [printable("".join(speaker.answer(text)).strip()) for speaker in speakers]
     if console.is_terminal:
         width = console.width // 2 - 1
         console.print(Columns([Panel(escape(a), title=s.name, width=width) for a, s in zip(answers, speakers, strict=True)]))

@@ -200,9 +200,6 @@ def run_with_bad_rows(tiny_base, data, tmp_path_factory):
     return recipe.run(folder / "run")
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="the evaluation renders its rows without prompt_ids, and writes no rejected.jsonl")
-
-
 @pytest.mark.parametrize(
     ("name", "file"),
     [
@@ -210,7 +207,7 @@ NOT_YET = pytest.mark.xfail(strict=True, reason="the evaluation renders its rows
         ("reward", "preferences"),
         ("dpo", "preferences"),
         ("ppo", "prompts"),
-        pytest.param("evaluate", "heldout", marks=NOT_YET),
+        pytest.param("evaluate", "heldout"),
     ],
 )
 def test_every_stage_holds_what_it_rejected(run_with_bad_rows, name, file):
@@ -222,7 +219,6 @@ def test_every_stage_holds_what_it_rejected(run_with_bad_rows, name, file):
     assert row["row"]
 
 
-@NOT_YET
 def test_prompts_that_do_not_fit_the_base_are_left_out_of_an_evaluation(tiny_base, data, run_with_bad_rows, tmp_path):
     prompts = [{"prompt": "say one"}, {"prompt": "say two"}, {"prompt": "say <|end|>"}]
     recipe = Recipe("other", base=str(tiny_base), dtype="float32")
@@ -234,7 +230,6 @@ def test_prompts_that_do_not_fit_the_base_are_left_out_of_an_evaluation(tiny_bas
     assert "rejected.jsonl" in artifact.facts["files"]
 
 
-@pytest.mark.xfail(strict=True, reason="scores of no demonstration are averaged: a ValueError of torch after the training")
 def test_demonstrations_that_are_all_too_long_are_refused_before_the_training(tiny_base, data, tmp_path):
     recipe = Recipe("one", base=str(tiny_base), dtype="float32")
     long = chats(tmp_path / "long.jsonl", start="say " * 20)
@@ -316,7 +311,6 @@ def test_bad_rows_of_any_stage_stop_the_run_before_anything_is_trained(script, t
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))
 
 
-@pytest.mark.xfail(strict=True, reason="check_data and the reward stage look at preferences only")
 def test_bad_demonstrations_stop_the_run_before_anything_is_trained(script, tmp_path):
     write_rows(tmp_path / "bad.jsonl", [talk("a", "b"), talk("c", "<|end|>")])
     options = ["--out", "run", "--only", "sft", "--only", "reward", "--set", "reward.demonstrations=bad.jsonl"]

@@ -453,7 +453,6 @@ def test_text_of_the_data_changes_no_terminal_where_there_is_one(tmp_path, tiny_
     assert not RAW.search(re.sub(r"\x1b\[[0-9;]*m", "", said))
 
 
-@pytest.mark.xfail(strict=True, reason="align/data/refusal.py puts names of columns into the mapping to try as they are")
 def test_a_refusal_changes_no_terminal(refused, tmp_path):
     write_rows(tmp_path / "odd.jsonl", [{"al\x1b[2Jpha": f"{EVIL}", "be\x9bta": [1]}])
     assert not RAW.search(refused("odd.jsonl"))
@@ -466,7 +465,6 @@ def test_tabs_wide_spaces_and_joined_emoji_are_shown_as_they_are(look, tmp_path)
     assert re.search(re.escape(f"⟦{text}") + r"\s+y\d<", said)
 
 
-@pytest.mark.xfail(strict=True, reason="the console of align/progress.py turns :heart: into a picture; it needs emoji=False")
 def test_a_detail_is_shown_literally(look, tmp_path):
     rows = [talk(f"say {word}", word) for word in WORDS]
     rows[3]["messages"][1] = {"role": ":heart: [red]", "content": "x"}

@@ -6,15 +6,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from align.artifact import identity_of
 from align.data.convert import REVISION, Converted, convert_source
-from align.data.report import bad_rows, first_of, refuse_if_too_bad
+from align.data.report import DUPLICATE, bad_rows, first_of, refuse_if_too_bad
 from align.data.sources import Source
 from align.records import Kind
+
+ELSEWHERE = "duplicate of another source's record"
+CAP = -1  # the seed of caps: no split has it, so what a cap keeps says nothing of what is held out
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Data:
     def identity(self) -> str:
         """A hash over everything that decides the records: the files' bytes, how they are mapped, caps and weights."""
         each = [
-            {**asdict(source), "path": None, "files": [file["sha256"] or file["path"] for file in converted.report["files"]]}
+            {**asdict(source), "path": None, "files": [_content(file) for file in converted.report["files"]]}
             for source, converted in zip(self.sources, self.converted, strict=True)
         ]
         return identity_of({"revision": REVISION, "kind": self.kind, "sources": each})
@@ -38,14 +42,12 @@ class Data:
     def chosen(self) -> np.ndarray:
         """(source, place among its records) of every record that is used, in the order of the sources. Shape (records, 2)."""
         digests = [converted.column("digest") for converted in self.converted]
-        kept = np.concatenate([_kept(converted) for converted in self.converted])
-        first = first_of(np.concatenate(digests), kept)
         places = []
-        for number, part in enumerate(np.split(first, np.cumsum([len(d) for d in digests])[:-1])):
+        for number, part in enumerate(np.split(self._first, np.cumsum([len(d) for d in digests])[:-1])):
             at = np.flatnonzero(part)
             cap = self.sources[number].cap
             if cap is not None and len(at) > cap:  # by hash, so that adding rows moves few others
-                at = np.sort(at[np.argsort(stirred(digests[number][at], 0), kind="stable")[:cap]])
+                at = np.sort(at[np.argsort(stirred(digests[number][at], CAP), kind="stable")[:cap]])
             places.append(np.stack([np.full(len(at), number), at], axis=1))
         return np.concatenate(places)
 
@@ -81,7 +83,7 @@ class Data:
         kept = [int(n) for n in np.bincount(self.chosen[:, 0], minlength=len(reports))]
         across = sum(report["records"] for report in reports) - len(self) - self._capped
         if across:
-            rejected["duplicate of another source's record"] = across
+            rejected[ELSEWHERE] = across
         facts: dict[str, Any] = {
             "sha256": self.identity,
             "path": ", ".join(source.path for source in self.sources),
@@ -109,9 +111,7 @@ class Data:
     @property
     def _capped(self) -> int:
         """Records left out by caps."""
-        digests = np.concatenate([converted.column("digest") for converted in self.converted])
-        first = first_of(digests, np.concatenate([_kept(converted) for converted in self.converted]))
-        return int(first.sum()) - len(self)
+        return int(self._first.sum()) - len(self)
 
     def weights(self) -> np.ndarray:
         """How often each used record counts in an epoch: its source's weight. Shape (records,)."""
@@ -124,19 +124,23 @@ class Data:
 
     def rejected(self) -> Iterator[dict[str, Any]]:
         """Every record that was refused or left out as a duplicate: where, reason, detail and the beginning of the row."""
-        for converted in self.converted:
-            if not converted.report["rejected"]:
-                continue
-            table = converted.table
-            first = first_of(table["digest"].to_numpy(), _kept(converted))
-            for at in np.flatnonzero(~first):
-                row = {name: table[name][int(at)].as_py() for name in ("file", "line", "reason", "detail", "record")}
+        first = np.split(self._first, np.cumsum([len(converted.table) for converted in self.converted])[:-1])
+        for converted, used in zip(self.converted, first, strict=True):
+            own = first_of(converted.column("digest"), _kept(converted))
+            for at in np.flatnonzero(~used).tolist():
+                row = {name: converted.table[name][at].as_py() for name in ("file", "line", "reason", "detail", "record")}
                 yield {
                     "where": converted.place(row["file"], row["line"]),
-                    "reason": row["reason"] or "duplicate of an earlier record",
+                    "reason": row["reason"] or (ELSEWHERE if own[at] else DUPLICATE),
                     "detail": row["detail"] or "",
                     "row": row["record"].decode("utf-8", "replace"),
                 }
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """True where a record was not refused and repeats no earlier one, over all sources. Shape (records of all,)."""
+        digests = np.concatenate([converted.column("digest") for converted in self.converted])
+        return first_of(digests, np.concatenate([_kept(converted) for converted in self.converted]))
 
     @property
     def bad(self) -> int:
@@ -151,6 +155,11 @@ def load_data(sources: Sequence[Source], kind: Kind, where: str) -> Data:
         AlignError: see `align.data.convert.convert_source`.
     """
     return Data(kind, tuple(sources), tuple(convert_source(source, kind, where) for source in sources))
+
+
+def _content(file: dict[str, Any]) -> str:
+    """A file's bytes and how they are read, or the hub data set's name."""
+    return f"{file['sha256']}{''.join(Path(file['path']).suffixes[-2:])}" if file["sha256"] else file["path"]
 
 
 def _kept(converted: Converted) -> np.ndarray:

@@ -16,11 +16,12 @@ HASHES, BANDS = 128, 32  # 32 bands of 4: a pair alike to 0.8 is found with prob
 SHOWN = 5
 
 
-def near_duplicates(data: Data, threshold: float) -> dict[str, Any]:
+def near_duplicates(data: Data, threshold: float, among: set[int] | None = None) -> dict[str, Any]:
     """Find records alike to an earlier one.
 
     Args:
         data: records; exact duplicates are out already.
+        among: places of the records that count; None for all.
         threshold: Jaccard similarity of the sets of five-word shingles, estimated with a standard error of at most 0.045.
 
     Returns:
@@ -35,6 +36,8 @@ def near_duplicates(data: Data, threshold: float) -> dict[str, Any]:
 
     index, hashes, earlier_of = RMinHashLSH(threshold, HASHES, BANDS), dict[int, Any](), dict[int, int]()
     for place, record in enumerate(data.records()):
+        if among is not None and place not in among:
+            continue
         minhash = RMinHash(HASHES, 0)
         minhash.update(shingles(_text(record)))
         alike = [other for other in sorted(index.query(minhash)) if hashes[other].jaccard(minhash) >= threshold]

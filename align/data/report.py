@@ -102,7 +102,9 @@ def pair_facts(table: Any, kept: np.ndarray) -> dict[str, Any]:
     longer, probability = table["longer"].to_numpy()[kept], table["probability"].to_numpy()[kept]
     decided = (probability != 0.5) & (longer != 0)
     agrees = (longer > 0) == (probability > 0.5)
-    _, times = np.unique(table["pair"].to_numpy()[kept], return_counts=True)  # the same label twice is a duplicate, left out already
+    _, times = np.unique(
+        table["pair"].to_numpy()[kept][probability != 0.5], return_counts=True
+    )  # the same label twice is a duplicate, left out already
     return {
         "longer_is_better": float(agrees[decided].mean()) if decided.any() else None,
         "same_length": int((longer == 0).sum()),

@@ -36,6 +36,7 @@ REVISION = 1  # raised when the same records begin to give other tokens
 SEVERAL_PROCESSES_FROM = 20_000  # records
 OVERLONG = "over the longest length"
 NEAR_DUPLICATE = "near duplicate of an earlier record"
+DEMONSTRATIONS = 1000  # completions that scores are centred on, at most
 PIECE = 500  # records rendered at one time
 
 
@@ -126,7 +127,8 @@ def prepare(name: str, role: str, data: Data, chat: Chat, settings: Training, fo
     bad = sum(counts.values()) - overlong
     stop_if_bad(f"{name}.{role}", counts, unfit, bad, len(data), int(good.sum()) + overlong, settings.max_bad_rows, name)
     if settings.near_duplicates is not None:
-        near = np.isin(columns["record"], near_duplicates(data, settings.near_duplicates)["at"])
+        among = set(columns["record"][good].tolist())
+        near = np.isin(columns["record"], near_duplicates(data, settings.near_duplicates, among)["at"])
         counts[NEAR_DUPLICATE], good = int((near & good).sum()), good & ~near
     keys = data.column("key")[columns["record"]]
     held = good & is_heldout(keys, settings.holdout, settings.seed)
@@ -270,24 +272,65 @@ class _Renderer:
         return rows
 
 
-def prompt_ids(name: str, data: Data, chat: Chat, max_bad_rows: float, folder: Path | None = None) -> list[tuple[int, ...]]:
-    """Every prompt as token ids, ready to be answered.
+def prompt_ids(
+    name: str, data: Data, chat: Chat, max_bad_rows: float, max_tokens: int | None = None, folder: Path | None = None
+) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
+    """Every prompt with its token ids, ready to be answered.
+
+    Args:
+        name: of the stage.
+        data: prompts.
+        chat: tokenizer and template.
+        max_bad_rows: largest share that may be left out because the template cannot render it.
+        max_tokens: longer ones are left out.
+        folder: where rejected.jsonl goes; without one nothing is written or said.
 
     Raises:
-        AlignError: where more than `max_bad_rows` of them cannot be rendered by the chat template.
+        AlignError: where more cannot be rendered, or every prompt is too long.
     """
     found, unfit = [], list[tuple[str, str]]()
     for index, record in enumerate(data.records()):
         try:
-            found.append(chat.prompt_ids(record["prompt"], record.get("tools")))
+            found.append((record, chat.prompt_ids(record["prompt"], record.get("tools"))))
         except UnfitMessages as error:
             unfit.append((_place(data.place(index), error.detail), error.reason))
-    counts = dict(Counter(reason for _, reason in unfit).most_common())
-    places = {reason: [place for place, other in unfit if other == reason][:3] for reason in counts}
-    stop_if_bad(f"{name}.prompts", counts, places, len(unfit), len(data), len(found), max_bad_rows, name)
+    stop_if_bad(f"{name}.prompts", *_counted(unfit), len(unfit), len(data), len(found), max_bad_rows, name)
+    kept = [(record, ids) for record, ids in found if max_tokens is None or len(ids) <= max_tokens]
+    if not kept:
+        raise AlignError(f"{data.facts['path']}: every prompt is over {name}.max_prompt_tokens ({max_tokens}).")
     if folder is not None:
         write_rejected(folder, data, unfit)
-    return found
+        if max_tokens is not None:
+            say(f"  {name}: {len(kept)} prompts, {len(found) - len(kept)} over max_prompt_tokens and left out")
+    return kept
+
+
+def demonstrations(name: str, data: Data, chat: Chat, settings: Training) -> list[Example]:
+    """Conversations whose last replies a reward model's scores are centred on: those of the first thousand that fit.
+
+    Raises:
+        AlignError: where too many cannot be rendered, or none fits.
+    """
+    examples, unfit, overlong = [], list[tuple[str, str]](), 0
+    for index, record in enumerate(data.records(limit=DEMONSTRATIONS)):
+        for example, _, problem in render(chat, data.kind, record, settings.max_length, "drop", "last"):
+            if example is not None:
+                examples.append(example)
+            elif problem is not None and problem.reason == OVERLONG:
+                overlong += 1
+            elif problem is not None:
+                unfit.append((_place(data.place(index), problem.detail), problem.reason))
+    where, seen = f"{name}.demonstrations", min(len(data), DEMONSTRATIONS)
+    stop_if_bad(where, *_counted(unfit), len(unfit), seen, len(examples) + overlong, settings.max_bad_rows, name)
+    if not examples:
+        raise AlignError(f"{where}: every one is over {name}.max_length ({settings.max_length}). Raise it, or give shorter ones.")
+    return examples
+
+
+def _counted(unfit: Sequence[tuple[str, str]]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """How many there are of each reason, and the first places, of (place, reason)."""
+    counts = dict(Counter(reason for _, reason in unfit).most_common())
+    return counts, {reason: [place for place, other in unfit if other == reason][:3] for reason in counts}
 
 
 Rendered = tuple[Example | None, bool, Problem | None]

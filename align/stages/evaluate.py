@@ -6,18 +6,19 @@ import json
 import math
 from dataclasses import dataclass
 from statistics import fmean, pstdev, stdev
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from align.artifact import Artifact
+from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import Sampler, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
-from align.records import Prompt, write_jsonl
+from align.records import Message, write_jsonl
 from align.run import Job, Result
 from align.settings import EvaluateSettings
 
@@ -38,14 +39,14 @@ class Answers:
 def run(job: Job) -> Result:
     """Sample, score and compare."""
     settings: EvaluateSettings = job.settings
-    rows = cast("list[Prompt]", list(job.data["prompts"].records(settings.max_prompts)))
     policies = [job.parents[role] for role in job.parents if role.startswith("policies.")]
     reward = job.parents["reward_model"]
     assert reward is not None
     meter = job.meter("score", unit="prompts")
     meter.begin(len(policies))
     names = [policy.name if policy else "base" for policy in policies]
-    answers = []
+    answers: list[Answers] = []
+    rows: list[tuple[dict[str, Any], tuple[int, ...]]] = []
     open_now: tuple[str, Trunk, Any] | None = None
     for number, policy in enumerate(policies):
         root = root_identity(job.base, policy)
@@ -55,7 +56,9 @@ def run(job: Job) -> Result:
         _, trunk, chat = open_now
         name = names[number] if names.count(names[number]) == 1 else f"{names[number]} {number + 1}"
         meter.phase(f"sampling {name}")
-        answer = _answer(name, policy, trunk, chat, rows, settings, job.base.identity)
+        if not rows:
+            rows = prompt_ids(job.name, job.data["prompts"], chat, settings.max_bad_rows, folder=job.work)[: settings.max_prompts]
+        answer = _answer(name, policy, trunk, chat, [ids for _, ids in rows], settings, job.base.identity)
         if root == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
         if root == root_identity(job.base, reward):
@@ -69,15 +72,14 @@ def run(job: Job) -> Result:
         _score_apart(job, reward, unscored, settings)
     table = [compare(answer, answers[0]) for answer in answers]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
-    write_jsonl(job.work / "samples.jsonl", sample_rows(rows, answers))
+    write_jsonl(job.work / "samples.jsonl", sample_rows([row["prompt"] for row, _ in rows], answers))
     return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
 
 
 def _answer(
-    name: str, policy: Artifact | None, trunk: Trunk, chat: Any, rows: list[Prompt], settings: EvaluateSettings, base: str
+    name: str, policy: Artifact | None, trunk: Trunk, chat: Any, prompts: list[tuple[int, ...]], settings: EvaluateSettings, base: str
 ) -> Answers:
     role = load_role(trunk, policy)
-    prompts = [chat.prompt_ids(row["prompt"], row.get("tools")) for row in rows]
     completions = Sampler(trunk).sample(
         role,
         prompts,
@@ -173,11 +175,11 @@ def interval(numbers: list[float]) -> list[float] | None:
     return [fmean(numbers) - half, fmean(numbers) + half]
 
 
-def sample_rows(rows: list[Prompt], answers: list[Answers]) -> list[dict[str, Any]]:
+def sample_rows(prompts: list[list[Message]], answers: list[Answers]) -> list[dict[str, Any]]:
     """For each prompt what every policy answered, with its score."""
     return [
         {
-            "prompt": row["prompt"],
+            "prompt": prompt,
             "answers": {
                 answer.name: [
                     {"text": t, "score": s, "ended": c.ended}
@@ -186,5 +188,5 @@ def sample_rows(rows: list[Prompt], answers: list[Answers]) -> list[dict[str, An
                 for answer in answers
             },
         }
-        for i, row in enumerate(rows)
+        for i, prompt in enumerate(prompts)
     ]

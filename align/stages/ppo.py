@@ -35,7 +35,6 @@ from align.model.load import (
 )
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Head, Role, Trunk
-from align.progress import say
 from align.records import write_jsonl
 from align.run import Job, Result
 from align.settings import Lora, PPOSettings
@@ -77,7 +76,8 @@ def run(job: Job) -> Result:
     groups = [trainee.parameters, trunk.parameters_of(VALUE, VALUE)]
     for parameter in groups[1].values():
         parameter.requires_grad_(True)
-    prompts = _prompt_ids(job, trainee)
+    rows = prompt_ids(job.name, job.data["prompts"], trainee.chat, settings.max_bad_rows, settings.max_prompt_tokens, job.work)
+    prompts = [ids for _, ids in rows]
     checks: dict[str, float] = {"change_at_start": largest_change_at_start(trainee, [Example(0, prompts[0], (prompts[0][-4:],))])}
     sampler = Sampler(trunk, settings.merged_sampler)
     metrics = _train(job, trainee, reward, value, groups, prompts, sampler, checks)
@@ -107,16 +107,6 @@ def add_value(trunk: Trunk, reward: Role, artifact: Artifact, seed: int) -> Role
     trunk.copy_adapter(reward.adapters[-1], VALUE)
     trunk.heads[VALUE] = Head(trunk.hidden_size, scale=0.0).to(trunk.device)
     return Role((*reward.adapters[:-1], VALUE), VALUE)
-
-
-def _prompt_ids(job: Job, trainee: Trainee) -> list[tuple[int, ...]]:
-    prompts = prompt_ids(job.name, job.data["prompts"], trainee.chat, job.settings.max_bad_rows, job.work)
-    kept = [prompt for prompt in prompts if len(prompt) <= job.settings.max_prompt_tokens]
-    if not kept:
-        where, limit = job.data["prompts"].facts["path"], job.settings.max_prompt_tokens
-        raise AlignError(f"{where}: every prompt is over {job.name}.max_prompt_tokens ({limit}).")
-    say(f"  {job.name}: {len(kept)} prompts, {len(prompts) - len(kept)} over max_prompt_tokens and left out")
-    return kept
 
 
 def _train(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.data.tokenise import Examples, prepare, render
+from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
 from align.model.forward import forward_head
@@ -18,7 +18,6 @@ from align.run import Job, Result
 from align.settings import RewardSettings
 
 PROBE_PAIRS = 8
-DEMONSTRATIONS = 1000  # completions that scores are centred on, at most
 
 
 class BradleyTerry:
@@ -86,9 +85,7 @@ def run(job: Job) -> Result:
 def _centre(job: Job, trainee: Trainee, data: Examples) -> tuple[float, str]:
     """Subtract the mean score of the demonstrations (Huang et al. 2024, arXiv 2403.17031), or of the chosen completions."""
     if "demonstrations" in job.data:
-        records = job.data["demonstrations"].records(limit=DEMONSTRATIONS)
-        rendered = [r for record in records for r in render(trainee.chat, "conversation", record, job.settings.max_length, "drop", "last")]
-        examples = [example for example, _, _ in rendered if example]
+        examples = demonstrations(job.name, job.data["demonstrations"], trainee.chat, job.settings)
         what = "demonstrations"
     else:
         examples = [Example(e.index, e.prompt, e.completions[:1]) for e in data.training[:DEMONSTRATIONS]]

@@ -167,7 +167,6 @@ def test_seeds_and_the_fraction_of_a_weight_choose_independently():
     assert abs((first == shown).mean() - 0.5) < 0.015
 
 
-@pytest.mark.xfail(strict=True, reason="a cap chooses by the same hash as the split of seed 0, where a record is its prompt")
 @pytest.mark.parametrize("kind", ["prompt", "conversation"])
 def test_a_cap_and_the_split_choose_independently(tmp_path, kind):
     """Of 60 records out of 600, half should be held out: 30, with a standard deviation of 3.9."""
@@ -251,6 +250,7 @@ def test_rejected_rows_have_their_place_reason_and_beginning(file):
         (f"{a}:2", "completion is not text"),
         (f"{a}:3", "duplicate of an earlier record"),
         (f"{a}:4", "not JSON"),
+        (f"{b}:1", "duplicate of another source's record"),
         (f"{b}:2", "a placeholder is left in the text"),
     ]
     assert found[0]["detail"] == "3"

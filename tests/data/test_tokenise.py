@@ -537,7 +537,7 @@ def test_near_duplicates_are_left_out_where_asked_for(chat, tmp_path):
 
 def test_prompts_are_what_a_plain_rendering_gives(chat, tmp_path):
     rows = [{"prompt": turns("say red")}, {"prompt": turns("a", "b", "c", system="s")}]
-    found = prompt_ids("ppo", load(rows, tmp_path, "prompt"), chat, 0.0)
+    found = [ids for _, ids in prompt_ids("ppo", load(rows, tmp_path, "prompt"), chat, 0.0)]
     assert found == [plain([*row["prompt"], {"role": "assistant", "content": "x"}], "last")[0] for row in rows]
 
 
@@ -548,7 +548,7 @@ def test_prompts_that_do_not_fit_are_counted_stopped_and_listed(chat, tmp_path):
     assert str(error.value).startswith("ppo.prompts: 1 of 10 rows cannot be used (10.0%; at most 2.0% may be left out):")
     assert f"its text contains the control token: {tmp_path}/rows.jsonl:10 (<|pad|>)" in str(error.value)
     assert "--set ppo.max_bad_rows=" in str(error.value)
-    assert len(prompt_ids("ppo", load(rows, tmp_path, "prompt"), chat, 0.1, tmp_path)) == 9
+    assert len(prompt_ids("ppo", load(rows, tmp_path, "prompt"), chat, 0.1, folder=tmp_path)) == 9
     (row,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert row["reason"] == "its text contains the control token"
     assert row["where"].startswith(f"{tmp_path}/rows.jsonl:10")
