@@ -19,7 +19,7 @@ def recipe() -> Recipe:
     """LoRA of rank 16 on all linear layers."""
     chain = Recipe("hh", base="embedded")
     shared = {"holdout": 0.2, "batch_size": 8, "eval_every": 60}
-    chain.reward(preferences=SOURCE, learning_rate=3e-4, **shared)
+    chain.reward(preferences=SOURCE, learning_rate=3e-4, epochs=2.0, **shared)
     chain.dpo(preferences=SOURCE, learning_rate=5e-5, **shared)
     return chain
 
