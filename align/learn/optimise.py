@@ -16,7 +16,6 @@ from torch.nn import Parameter
 
 from align.errors import AlignError
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
-from align.learn.parallel import add_gradients, each_row, gradients_of, rows_at_once
 from align.model.packing import Example, Row, pack, shuffled_batches
 from align.progress import Meter
 from align.settings import Training
@@ -94,21 +93,21 @@ def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_no
 class Batches(Sequence[list[Row]]):
     """An epoch's optimizer steps, each as rows that are made when they are asked for."""
 
-    def __init__(self, examples: Sequence[Example], members: list[list[int]], row_tokens: int, side_by_side: int):
+    def __init__(self, examples: Sequence[Example], members: list[list[int]], row_tokens: int):
         """`members` are the examples of each step."""
-        self.examples, self.members, self.row_tokens, self.side_by_side = examples, members, row_tokens, side_by_side
+        self.examples, self.members, self.row_tokens = examples, members, row_tokens
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, step: Any) -> Any:
-        return pack([self.examples[i] for i in self.members[step]], self.row_tokens, self.side_by_side)
+        return pack([self.examples[i] for i in self.members[step]], self.row_tokens)
 
 
-def epoch_batches(examples: Sequence[Example], settings: Training, epoch: int, side_by_side: int = 1) -> Batches:
+def epoch_batches(examples: Sequence[Example], settings: Training, epoch: int) -> Batches:
     """An epoch's optimizer steps. The same for the same seed, whatever came before."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    return Batches(examples, shuffled_batches(len(examples), settings.batch_size, generator), settings.row_tokens, side_by_side)
+    return Batches(examples, shuffled_batches(len(examples), settings.batch_size, generator), settings.row_tokens)
 
 
 def count_steps(examples: int, settings: Training) -> int:
@@ -116,13 +115,13 @@ def count_steps(examples: int, settings: Training) -> int:
     return max(1, math.ceil(settings.epochs * math.ceil(examples / settings.batch_size)))
 
 
-def evaluate(objective: Objective, examples: Sequence[Example], row_tokens: int, at_once: int = 1) -> dict[str, float]:
-    """Metrics on examples, without learning, `at_once` rows side by side; nothing where there are no examples."""
+def evaluate(objective: Objective, examples: Sequence[Example], row_tokens: int) -> dict[str, float]:
+    """Metrics on examples, without learning; nothing where there are no examples."""
     means = Means()
     totals = objective.totals(examples)
     with torch.no_grad():
-        for _, sums in each_row(lambda row: objective(row, totals), pack(examples, row_tokens, at_once), at_once):
-            means.add(sums)
+        for row in pack(examples, row_tokens):
+            means.add(objective(row, totals)[1])
     return means.means("heldout_")
 
 
@@ -155,8 +154,6 @@ def train(
         AlignError: where the loss or gradient is not finite, naming the rows that caused it. The checkpoint stays.
     """
     accelerator = Accelerator()
-    at_once = rows_at_once(next(iter(parameters.values())).device)
-    learn_at_once = at_once if settings.lora and not settings.lora.dropout else 1  # all weights' gradients are large; dropout is drawn
     optimizer = make_optimizer([list(parameters.values())], settings.weight_decay)
     steps = count_steps(len(examples), settings)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
@@ -169,13 +166,13 @@ def train(
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            batches = epoch_batches(examples, settings, epoch, at_once)
+            batches = epoch_batches(examples, settings, epoch)
         rows = batches[step % per_epoch]
         rate = learning_rate(step, steps, settings.learning_rate, settings.warmup, settings.decay)
-        metrics = _step(accelerator, objective, rows, optimizer, rate, settings.max_grad_norm, where, learn_at_once)
+        metrics = _step(accelerator, objective, rows, optimizer, rate, settings.max_grad_norm, where)
         done = step + 1
         if heldout and (done % settings.eval_every == 0 or done == steps):
-            last = evaluate(objective, heldout, settings.row_tokens, at_once)
+            last = evaluate(objective, heldout, settings.row_tokens)
             metrics |= last
         if accelerator.is_main_process:
             meter.step(done, metrics, sum(len(row.ids) for row in rows))
@@ -193,27 +190,21 @@ def _step(
     rate: float,
     max_grad_norm: float,
     where: Sequence[str],
-    at_once: int,
 ) -> dict[str, float]:
     """Forward, backward and update of one optimizer step. Every process takes its share of the rows; gradients are summed."""
     totals = objective.totals([example for row in rows for example in row.examples])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     means, bad = Means(), list[Row]()
-
-    def learn(row: Row) -> tuple[float, Sums, tuple[Tensor | None, ...]]:
+    for row in rows[accelerator.process_index :: accelerator.num_processes]:
         loss, sums = objective(row, totals)
-        return float(loss.detach()), sums, gradients_of(loss, parameters)
-
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    for row, (loss, sums, gradients) in zip(own, each_row(learn, own, at_once), strict=True):
-        if not math.isfinite(loss):
+        if not torch.isfinite(loss):
             bad.append(row)
-        add_gradients(parameters, gradients)
-        means.add({**sums, "step_loss": (loss, 1 / len(rows))})  # counts add up to 1: the mean is the sum
+        accelerator.backward(loss)
+        means.add({**sums, "step_loss": (float(loss.detach()), 1 / len(rows))})  # counts add up to 1: the mean is the sum
     if accelerator.num_processes > 1:
-        for parameter in parameters:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(grad, "sum")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(grad, "sum")
         everyone, means = gather_object([dict(means.sums)]), Means()
         for sums in everyone:
             means.add({name: (value, count) for name, (value, count) in sums.items()})

@@ -150,26 +150,9 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def spread(sizes: Sequence[int], budget: int, side_by_side: int) -> list[list[int]]:
-    """Bins of about equal size, as many as a multiple of `side_by_side`, each of at most `budget`; one larger item stands alone."""
-    least = -(-sum(sizes) // (budget * side_by_side)) * side_by_side
-    bins: list[list[int]] = [[] for _ in range(min(least, len(sizes)))]
-    filled = [0] * len(bins)
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = min(range(len(bins)), key=filled.__getitem__)
-        if filled[place] and filled[place] + sizes[index] > budget:
-            bins.append([])
-            filled.append(0)
-            place = len(bins) - 1
-        bins[place].append(index)
-        filled[place] += sizes[index]
-    return [sorted(members) for members in bins]
-
-
-def pack(examples: Sequence[Example], row_tokens: int, side_by_side: int = 1) -> list[Row]:
-    """Rows of at most `row_tokens` tokens that hold every example once; of like sizes where several are worked on side by side."""
-    sizes = [example.tokens for example in examples]
-    bins = fill(sizes, row_tokens) if side_by_side == 1 else spread(sizes, row_tokens, side_by_side)
+def pack(examples: Sequence[Example], row_tokens: int) -> list[Row]:
+    """Rows of at most `row_tokens` tokens that hold every example once."""
+    bins = fill([example.tokens for example in examples], row_tokens)
     return [make_row([examples[i] for i in members]) for members in bins]
 
 

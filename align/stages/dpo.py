@@ -15,7 +15,6 @@ from align.data.tokenise import prepare
 from align.errors import AlignError
 from align.learn.losses import PairLogps, dpo_loss, implicit_rewards
 from align.learn.optimise import Sums, Totals, epoch_batches, evaluate, train
-from align.learn.parallel import each_row, rows_at_once
 from align.model.forward import forward
 from align.model.load import Trainee, open_trainee, own_model, save_model
 from align.model.packing import Example, Row, pack
@@ -80,15 +79,10 @@ def reference_logps(trainee: Trainee, rows: Iterable[Row], count: int, path: Pat
     if path.is_file():
         return load_file(path)["logps"]
     logps = torch.full((count, 2), float("nan"))
-    nothing = torch.zeros(count, 2)
-
-    def of_row(row: Row) -> tuple[list[int], Tensor]:
-        pair = pair_logps(trainee, trainee.before, row, nothing)
-        return row.indices, torch.stack([pair.chosen, pair.rejected], 1).cpu()
-
-    with torch.no_grad(), trainee.trunk.switched_to(trainee.before):
-        for indices, pairs in each_row(of_row, rows, rows_at_once(trainee.trunk.device)):
-            logps[indices] = pairs
+    with torch.no_grad():
+        for row in rows:
+            pair = pair_logps(trainee, trainee.before, row, torch.zeros(count, 2))
+            logps[row.indices] = torch.stack([pair.chosen, pair.rejected], 1).cpu()
     temporary = path.with_suffix(".new")
     save_file({"logps": logps}, temporary)
     temporary.replace(path)
@@ -100,10 +94,9 @@ def run(job: Job) -> Result:
     settings: DPOSettings = job.settings
     trainee = open_trainee(job)
     data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
-    at_once = rows_at_once(trainee.trunk.device)
-    first_epoch = epoch_batches(data.training, settings, 0, at_once)
+    first_epoch = epoch_batches(data.training, settings, 0)
     say(f"  {job.name}: log-probabilities of the reference")
-    rows = chain(chain.from_iterable(first_epoch), pack(data.heldout, settings.row_tokens, at_once))
+    rows = chain(chain.from_iterable(first_epoch), pack(data.heldout, settings.row_tokens))
     reference = reference_logps(trainee, rows, len(data.where), job.work / REFERENCE)
     objective = DirectPreference(trainee, data.probability, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)
@@ -111,7 +104,7 @@ def run(job: Job) -> Result:
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
-    heldout = evaluate(objective, data.heldout, settings.row_tokens, at_once)
+    heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result("policy", model, {**metrics, **heldout, **baselines(data, heldout)}, checks, {"preferences": data.facts})
@@ -125,8 +118,7 @@ def _check_start(objective: DirectPreference, rows: list[Row], settings: DPOSett
     """
     totals = objective.totals([example for row in rows for example in row.examples])
     with torch.no_grad():
-        at_once = rows_at_once(objective.trainee.trunk.device)  # as in the step that follows, to the bit
-        parts = [sums for _, sums in each_row(lambda row: objective(row, totals), rows, at_once)]
+        parts = [objective(row, totals)[1] for row in rows]
     loss = sum(part["loss"][0] for part in parts) / totals["pairs"]
     margin = sum(part["margin"][0] for part in parts) / totals["pairs"]
     if settings.loss in LOSS_AT_START:

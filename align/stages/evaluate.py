@@ -13,7 +13,6 @@ import torch
 from align.artifact import Artifact
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
-from align.learn.parallel import each_row, rows_at_once
 from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import Sampler, load_role, open_trunk, root_identity
@@ -99,11 +98,8 @@ def _answer(
 def _scores(trunk: Trunk, reward: Role, answer: Answers, settings: EvaluateSettings) -> list[list[float | None]]:
     """The reward model's score of each completion that ended its turn."""
     found: dict[int, list[float]] = {}
-    at_once = rows_at_once(trunk.device)
-    rows = pack(answer.examples, settings.row_tokens, at_once)
-    with trunk.switched_to(reward):
-        for row, scores in zip(rows, each_row(lambda row: forward_head(trunk, reward, row).scores, rows, at_once), strict=True):
-            found |= _by_example(row, scores)
+    for row in pack(answer.examples, settings.row_tokens):
+        found |= _by_example(row, forward_head(trunk, reward, row).scores)
     return [
         [score if completion.ended else None for score, completion in zip(found[example.index], completions, strict=True)]
         for example, completions in zip(answer.examples, answer.completions, strict=True)
@@ -114,15 +110,9 @@ def _scores(trunk: Trunk, reward: Role, answer: Answers, settings: EvaluateSetti
 def _kl(trunk: Trunk, policy: Role, first: Role, examples: list[Example], settings: EvaluateSettings) -> list[list[float]]:
     """Log pi - log pi_first of each sampled completion at the sampling temperature: its mean estimates KL(pi, pi_first) in nats."""
     found: dict[int, list[float]] = {}
-    at_once = rows_at_once(trunk.device)
-    rows = pack(examples, settings.row_tokens, at_once)
-
-    def logprobs(role: Role) -> list[torch.Tensor]:
-        with trunk.switched_to(role):
-            return list(each_row(lambda row: forward(trunk, role, row, settings.temperature).logprobs.cpu(), rows, at_once))
-
-    for row, own, of_first in zip(rows, logprobs(policy), logprobs(first), strict=True):
-        found |= _by_example(row, row.sum_per_completion(own - of_first))
+    for row in pack(examples, settings.row_tokens):
+        difference = forward(trunk, policy, row, settings.temperature).logprobs - forward(trunk, first, row, settings.temperature).logprobs
+        found |= _by_example(row, row.sum_per_completion(difference.cpu()))
     return [found[example.index] for example in examples]
 
 

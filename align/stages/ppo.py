@@ -7,9 +7,8 @@ Log-probabilities of the round are recomputed on the very rows that the first pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from align.errors import AlignError
 from align.learn.advantages import generalised_advantages, k3, minus_mean_of_others, token_rewards, whiten
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
 from align.learn.losses import ppo_policy_loss, ppo_value_loss
-from align.learn.optimise import Means, Sums, learning_rate, make_optimizer, update
-from align.learn.parallel import add_gradients, each_row, gradients_of, rows_at_once
+from align.learn.optimise import Means, learning_rate, make_optimizer, update
 from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import (
@@ -41,7 +39,6 @@ from align.records import write_jsonl
 from align.run import Job, Result
 from align.settings import Lora, PPOSettings
 
-T = TypeVar("T")
 VALUE = "value-role"
 SAMPLES_KEPT = 8  # completions of each round written to samples/
 
@@ -128,14 +125,13 @@ def _train(
     start, state = load_checkpoint(job.work, groups[0] | groups[1], optimizer)
     checks.update(state.get("checks", {}))
     metrics: dict[str, float] = state.get("metrics", {})
-    at_once = rows_at_once(trainee.trunk.device)
     meter = job.meter("score", "kl", "length")
     meter.begin(settings.iterations, start)
     for iteration in range(start, settings.iterations):
         meter.phase("sampling")
         completions = _sample(trainee, sampler, prompts, iteration, settings, meter)
         batches = list(minibatches(len(completions), settings, iteration, 0))
-        rows = [pack([completions[i][0] for i in batch], settings.row_tokens, at_once) for batch in batches]
+        rows = [pack([completions[i][0] for i in batch], settings.row_tokens) for batch in batches]
         meter.phase("scoring")
         rollouts = score_rollouts(trainee, reward, value, completions, [row for batch in rows for row in batch], settings)
         metrics = rollout_metrics(rollouts, settings)
@@ -147,7 +143,7 @@ def _train(
         for epoch in range(settings.epochs):
             for number, batch in enumerate(minibatches(len(rollouts), settings, iteration, epoch)):
                 meter.phase(f"updating, pass {epoch + 1} of {settings.epochs}")
-                batch_rows = rows[number] if epoch == 0 else pack([rollouts[i].example for i in batch], settings.row_tokens, at_once)
+                batch_rows = rows[number] if epoch == 0 else pack([rollouts[i].example for i in batch], settings.row_tokens)
                 sums = update_step(trainee, value, rollouts, batch_rows, optimizer, iteration, settings)
                 means.add(sums)
                 if iteration == epoch == number == 0:
@@ -206,16 +202,12 @@ def score_rollouts(
     """Four passes over each row: policy, reference, value, reward. In the order of `sampled`."""
     trunk = trainee.trunk
     found: dict[int, Rollout] = {}
-    passes = zip(
-        rows,
-        list(_pass(trunk, trainee.role, rows, lambda row: forward(trunk, trainee.role, row, settings.temperature))),
-        list(_pass(trunk, trainee.before, rows, lambda row: forward(trunk, trainee.before, row, settings.temperature).logprobs)),
-        list(_pass(trunk, value, rows, lambda row: forward_head(trunk, value, row).values)),
-        list(_pass(trunk, reward, rows, lambda row: forward_head(trunk, reward, row).scores)),
-        strict=True,
-    )
-    for row, policy, ref_logprobs, values, scores in passes:
-        per_token = [policy.logprobs, ref_logprobs, values, policy.entropy]
+    for row in rows:
+        policy = forward(trunk, trainee.role, row, settings.temperature)
+        reference = forward(trunk, trainee.before, row, settings.temperature)
+        values = forward_head(trunk, value, row).values
+        scores = forward_head(trunk, reward, row).scores
+        per_token = [policy.logprobs, reference.logprobs, values, policy.entropy]
         sizes = [example.tokens - len(example.prompt) for example in row.examples]
         parts: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]] = zip(*(tensor.cpu().split(sizes) for tensor in per_token), strict=True)
         counts = [len(example.completions) for example in row.examples]
@@ -223,12 +215,6 @@ def score_rollouts(
             completions = sampled[example.index][1]
             found[example.index] = Rollout(example, completions, *tensors, score, score, score)
     return [found[index] for index in range(len(sampled))]
-
-
-def _pass(trunk: Trunk, role: Role, rows: Sequence[Row], work: Callable[[Row], T]) -> Iterator[T]:
-    """One role over all rows, several of them side by side."""
-    with trunk.switched_to(role):
-        yield from each_row(work, rows, rows_at_once(trunk.device))
 
 
 def advantages_of(rollouts: Sequence[Rollout], settings: PPOSettings) -> None:
@@ -269,37 +255,36 @@ def update_step(
     settings: PPOSettings,
 ) -> dict[str, tuple[float, float]]:
     """One optimizer step on a minibatch: losses summed over its rows, divided by its tokens."""
-    trunk, tokens = trainee.trunk, sum(len(row.targets) for row in rows)
-    policy_parameters, value_parameters = (group["params"] for group in optimizer.param_groups)
-    means, largest = Means(), 0.0
-
-    def of_row(row: Row, *names: str) -> list[Tensor]:
-        return [torch.cat([getattr(rollouts[i], name) for i in row.indices]).to(trunk.device) for name in names]
-
-    def learn_policy(row: Row) -> tuple[tuple, Sums, float]:
+    trunk = trainee.trunk
+    tokens = sum(len(row.targets) for row in rows)
+    means = Means()
+    largest = 0.0
+    for row in rows:
         row = row.to(trunk.device)
-        old_logprobs, advantages = of_row(row, "old_logprobs", "advantages")
-        logprobs = forward(trunk, trainee.role, row, settings.temperature).logprobs
-        loss, clipped = ppo_policy_loss(logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range)
+        of_row = [rollouts[index] for index in row.indices]
+        old_logprobs, advantages, old_values, returns = (
+            torch.cat([getattr(r, name) for r in of_row]).to(trunk.device)
+            for name in ("old_logprobs", "advantages", "old_values", "returns")
+        )
+        # forward and backward of a role stay together, so that recomputed activations would use the same adapters
+        with trunk.switched_to(trainee.role):
+            logprobs = forward(trunk, trainee.role, row, settings.temperature).logprobs
+            policy_loss, policy_clipped = ppo_policy_loss(logprobs, old_logprobs, advantages, row.trained_mask, settings.clip_range)
+            (policy_loss / tokens).backward()
+        with trunk.switched_to(value):
+            values = forward_head(trunk, value, row).values
+            value_loss, value_clipped = ppo_value_loss(values, old_values, returns, row.trained_mask, settings.value_clip)
+            (settings.value_coef * value_loss / tokens).backward()
         log_ratio = (logprobs - old_logprobs).detach()
-        sums = _sums(row, policy_loss=loss, clip_share=clipped, approx_kl=(log_ratio**2).sum() / 2)
-        return gradients_of(loss / tokens, policy_parameters), sums, float(log_ratio.abs().max())
-
-    def learn_value(row: Row) -> tuple[tuple, Sums]:
-        row = row.to(trunk.device)
-        old_values, returns = of_row(row, "old_values", "returns")
-        values = forward_head(trunk, value, row).values
-        loss, clipped = ppo_value_loss(values, old_values, returns, row.trained_mask, settings.value_clip)
-        gradients = gradients_of(settings.value_coef * loss / tokens, value_parameters)
-        return gradients, _sums(row, value_loss=loss, value_clip_share=clipped)
-
-    for gradients, sums, log_ratio in _pass(trunk, trainee.role, rows, learn_policy):
-        add_gradients(policy_parameters, gradients)
-        means.add(sums)
-        largest = max(largest, log_ratio)
-    for gradients, sums in _pass(trunk, value, rows, learn_value):
-        add_gradients(value_parameters, gradients)
-        means.add(sums)
+        largest = max(largest, float(log_ratio.abs().max()))
+        sums = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_share": policy_clipped,
+            "value_clip_share": value_clipped,
+            "approx_kl": (log_ratio**2).sum() / 2,
+        }
+        means.add({name: (float(total.detach()), len(row.targets)) for name, total in sums.items()})
     peaks = (settings.learning_rate, settings.value_learning_rate)
     rates = [learning_rate(iteration, settings.iterations, peak, settings.warmup, "linear") for peak in peaks]
     norms = update(optimizer, rates, settings.max_grad_norm)
@@ -307,11 +292,6 @@ def update_step(
     _stop_if_not_finite([name for name, number in found.items() if not math.isfinite(number)], iteration)
     once = {"policy_grad_norm": norms[0], "value_grad_norm": norms[1], "learning_rate": rates[0], "largest_log_ratio": largest}
     return {name: (total, count) for name, (total, count) in means.sums.items()} | {name: (number, 1) for name, number in once.items()}
-
-
-def _sums(row: Row, **totals: Tensor) -> Sums:
-    """Totals over a row's completion tokens, as sums and counts."""
-    return {name: (float(total.detach()), len(row.targets)) for name, total in totals.items()}
 
 
 def _stop_if_not_finite(bad: list[str], iteration: int) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
-from align.learn.parallel import each_row, rows_at_once
 from align.model.forward import forward_head
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
@@ -67,7 +66,7 @@ def run(job: Job) -> Result:
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
     offset, centred_on = _centre(job, trainee, data)
-    heldout = evaluate(objective, data.heldout, settings.row_tokens, rows_at_once(trainee.trunk.device))
+    heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
@@ -100,10 +99,8 @@ def _centre(job: Job, trainee: Trainee, data: Examples) -> tuple[float, str]:
 
 def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
     """Scores of every completion. Shape (completions,), in the order of the rows."""
-    at_once = rows_at_once(trainee.trunk.device)
-    with torch.no_grad(), trainee.trunk.switched_to(trainee.role):
-        rows = each_row(lambda row: forward_head(trainee.trunk, trainee.role, row).scores, pack(examples, row_tokens, at_once), at_once)
-        return torch.cat(list(rows)).float()
+    with torch.no_grad():
+        return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
 
 
 def baselines(data: Examples, heldout: dict[str, float]) -> dict[str, float | list[float]]:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from align.data.tokenise import prepare
 from align.learn.optimise import Sums, Totals, evaluate, train
-from align.learn.parallel import rows_at_once
 from align.model.forward import forward
 from align.model.load import Trainee, largest_change_at_start, open_trainee, own_model, save_model
 from align.model.packing import Example, Row
@@ -40,7 +39,7 @@ def run(job: Job) -> Result:
     data = prepare(job.name, "data", job.data["data"], trainee.chat, settings, job.work)  # every trained turn ends with its end token
     checks = {"change_at_start": largest_change_at_start(trainee, list(data.training[:2]))}
     objective = Likelihood(trainee)
-    before = evaluate(objective, data.heldout, settings.row_tokens, rows_at_once(trainee.trunk.device))
+    before = evaluate(objective, data.heldout, settings.row_tokens)
     trainee.trunk.dropout = True
     meter = job.meter("loss", "heldout_loss")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
