@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-WORDS = "the quick brown fox jumps over a lazy dog while rain falls on green hills and people walk home thinking about dinner".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "green", "hills", "people"]
 FORMATS = ("alpaca", "messages", "preferences")
 KINDS = {"alpaca": "conversation", "messages": "conversation", "preferences": "preference"}
 
@@ -53,6 +53,7 @@ class Peak(threading.Thread):
         self.bytes = 0
 
     def run(self) -> None:
+        """Look every 20 ms."""
         while True:
             total = 0
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -130,11 +131,10 @@ def main() -> None:
         "| format | load_dataset | align, first pass | ratio | second pass | peak memory | of 10,000 rows |\n|---|---|---|---|---|---|---|"
     )
     for line in table:
-        theirs, ours = line["load_dataset"], line["align"]
-        print(
-            f"| {line['format']} | {theirs['first']:.2f} s | {ours['first']:.2f} s, {line['rows'] / ours['first']:,.0f} rows/s "
-            f"| {ours['first'] / theirs['first']:.2f} | {ours['second']:.2f} s | {ours['peak_mb']:.0f} MB | {line['peak_mb_10k_rows']:.0f} MB |"
-        )
+        theirs, ours = line["load_dataset"]["first"], line["align"]
+        peaks = f"{ours['peak_mb']:.0f} MB | {line['peak_mb_10k_rows']:.0f} MB"
+        first = f"{ours['first']:.2f} s, {line['rows'] / ours['first']:,.0f} rows/s | {ours['first'] / theirs:.2f}"
+        print(f"| {line['format']} | {theirs:.2f} s | {first} | {ours['second']:.2f} s | {peaks} |")
     return None
 
 
