@@ -4,6 +4,7 @@ Run with -s to see the largest differences. TRL pads every sequence on the right
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,9 +79,7 @@ def tiny(tiny_base):
 @pytest.fixture(scope="session")
 def smol(smollm2):
     """SmolLM2-135M-Instruct in float32 with four rows each of datasets/; the conversations include one of several turns."""
-    from conftest import SHARED
-
-    datasets = SHARED.parent / "main" / "datasets"
+    datasets = Path(__file__).parents[2] / "datasets"
     several = four_rows(datasets / "chat.jsonl", 500, lambda row: len(row["messages"]) > 2)[:2]
     one = four_rows(datasets / "chat.jsonl", 500, lambda row: len(row["messages"]) == 2)[:2]
     pairs = four_rows(datasets / "preferences.jsonl", 450, lambda row: True)
