@@ -180,8 +180,8 @@ def _no_row(path: Path) -> NoReturn:
 
 def _parts(path: Path) -> int:
     """Parts of a file: as many as there are processors, and more of a large one, so that a bar shows how far it is."""
-    size = path.stat().st_size
-    return max(os.cpu_count() or 1, size // PART) if size >= SEVERAL_PROCESSES_FROM else 1
+    size, cores = path.stat().st_size, os.cpu_count() or 1
+    return cores * -(-size // (PART * cores)) if size >= SEVERAL_PROCESSES_FROM else 1
 
 
 def _gathered(numbered: Iterable[tuple[int, Any]], format: Format) -> list[tuple[int, Any]]:
