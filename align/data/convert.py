@@ -70,7 +70,12 @@ class Converted:
 
     def read(self, text: bytes, raw: bool, file: int) -> dict[str, Any]:
         """The record that an Arrow line stands for."""
-        return self._converters[file](orjson.loads(text))[0] if raw else orjson.loads(text)
+        if not raw:
+            return orjson.loads(text)
+        row = json_row(text)
+        if not isinstance(row, dict):
+            raise AlignError(f"{self.report['files'][file]['path']}: a row cannot be read ({row and row.reason}): {text[:80]!r}")
+        return self._converters[file](row)[0]
 
     @cached_property
     def _converters(self) -> list[Any]:

@@ -6,11 +6,11 @@ goes the plain way of `align.data.convert`, which decides and says why; both way
 
 from __future__ import annotations
 
-from collections import deque
+import re
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
@@ -19,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from align.data.instructions import NO_INPUT
 from align.data.rows import Format
 
+DEEP = b"[" * 100  # nested deeper than Python reads
 SEPARATOR = "\x1f"  # between the texts of a record where they are hashed together
 _FIELDS = {"conversation": ({"prompt", "completion"}, {"prompt", "input", "completion"}), "preference": ({"prompt", "chosen", "rejected"},)}
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -50,8 +51,12 @@ def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | No
     """
     block = b"\n".join(lines)
     plain = "messages" not in format.columns
+    objects = all(map(bytes.startswith, lines, repeat(b"{"))) and all(map(bytes.endswith, lines, repeat(b"}")))
+    if (
+        not objects or _has_no_number(block) or DEEP in block
+    ):  # Arrow takes rows over two lines, two on a line, and numbers that JSON has not
+        return None
     try:
-        deque(map(orjson.loads, lines), maxlen=0)  # what Arrow takes and JSON is not: Inf, two rows on a line and none on the next
         if not block.isascii():
             block.decode()
         table = pa.json.read_json(
@@ -59,12 +64,17 @@ def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | No
             pa.json.ReadOptions(use_threads=False, block_size=max(len(block) + 1, 1 << 16)),
             pa.json.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore" if plain else "infer"),
         ).combine_chunks()
-    except (orjson.JSONDecodeError, pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return None
     if len(table) != len(lines) or any(table.schema.field(field.name).type != field.type for field in layout):
         return None
     texts = {name: _whole(table[format.column(name)]) for name in format.columns}
     return _check_columns(texts, format) if plain else _check_messages(texts["messages"])
+
+
+def _has_no_number(block: bytes) -> bool:
+    """Whether a value is NaN or infinite, which Arrow reads and JSON has not. A text may hold these words."""
+    return any(word in block and re.search(rb"[:,\[]\s*-?" + word, block) is not None for word in (b"NaN", b"Inf"))
 
 
 def _whole(column: pa.ChunkedArray) -> Any:
