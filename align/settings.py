@@ -5,12 +5,23 @@ Units are in the text. `example` means one conversation (SFT), one pair (reward,
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 KEEP_OUT_OF_IDENTITY: JsonDict = {"outcome": False}  # marks a setting that changes how a stage runs, not what comes out
+
+
+BadRows = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="Largest share of bad rows that is left out (and written to rejected.jsonl); more stop the stage.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
+    ),
+]
 
 
 class Settings(BaseModel):
@@ -81,13 +92,7 @@ class Training(Optimiser):
         le=1,
         description="Leave out examples whose text is this alike to an earlier one's (Jaccard of five-word shingles), such as 0.8.",
     )
-    max_bad_rows: float = Field(
-        0.02,
-        ge=0,
-        le=1,
-        description="Largest share of bad rows that is left out (and written to rejected.jsonl); more stop the stage.",
-        json_schema_extra=KEEP_OUT_OF_IDENTITY,
-    )
+    max_bad_rows: BadRows = 0.02
 
 
 class SFTSettings(Training):
@@ -161,13 +166,7 @@ class PPOSettings(Optimiser):
         True, description="Sample from a copy with the adapters merged: about twice as fast, for one more copy of the weights."
     )
     save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
-    max_bad_rows: float = Field(
-        0.02,
-        ge=0,
-        le=1,
-        description="Largest share of bad prompts that is left out; more stop the stage.",
-        json_schema_extra=KEEP_OUT_OF_IDENTITY,
-    )
+    max_bad_rows: BadRows = 0.02
 
 
 class EvaluateSettings(Settings):
@@ -179,10 +178,4 @@ class EvaluateSettings(Settings):
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; the KL is measured at it too.")
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
     seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
-    max_bad_rows: float = Field(
-        0.02,
-        ge=0,
-        le=1,
-        description="Largest share of bad prompts that is left out; more stop the stage.",
-        json_schema_extra=KEEP_OUT_OF_IDENTITY,
-    )
+    max_bad_rows: BadRows = 0.02

@@ -52,9 +52,7 @@ def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | No
     block = b"\n".join(lines)
     plain = "messages" not in format.columns
     objects = all(map(bytes.startswith, lines, repeat(b"{"))) and all(map(bytes.endswith, lines, repeat(b"}")))
-    if (
-        not objects or _has_no_number(block) or DEEP in block
-    ):  # Arrow takes rows over two lines, two on a line, and numbers that JSON has not
+    if not objects or _has_no_number(block) or DEEP in block:  # Arrow reads more than JSON has, and rows over two lines
         return None
     try:
         if not block.isascii():
