@@ -28,7 +28,7 @@ from align.data.checks import Problem, find_problem
 from align.data.formats import converter, group_key, recognise
 from align.data.read import Part, Unreadable, first_rows, parts, rows
 from align.data.read_json import json_row, line_blocks
-from align.data.rows import Format, Unfit
+from align.data.rows import SEPARATOR, Format, Unfit
 from align.data.sources import Source, data_suffix, find_files, hub_rows
 from align.errors import AlignError
 from align.progress import tracked
@@ -309,7 +309,6 @@ def schema() -> Any:
     )
 
 
-SEPARATOR = "\x1f"  # between texts that are hashed together
 HALF = 1 << 63  # hashes are unsigned, Arrow's numbers signed
 REFUSED = (0, 0, 0, 0, 0, 0, 1.0, 0.0)
 

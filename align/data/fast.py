@@ -17,10 +17,9 @@ import pyarrow.json
 from xxhash import xxh3_64_intdigest
 
 from align.data.instructions import NO_INPUT
-from align.data.rows import Format
+from align.data.rows import SEPARATOR, Format
 
 DEEP = b"[" * 100  # nested deeper than Python reads
-SEPARATOR = "\x1f"  # between the texts of a record where they are hashed together
 _FIELDS = {"conversation": ({"prompt", "completion"}, {"prompt", "input", "completion"}), "preference": ({"prompt", "chosen", "rejected"},)}
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
