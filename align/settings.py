@@ -179,3 +179,43 @@ class EvaluateSettings(Settings):
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
     seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
     max_bad_rows: BadRows = 0.02
+
+
+class JudgeSettings(Settings):
+    """How a judge is asked. Whatever it has answered before is in its ledger and is not asked again."""
+
+    template: str = Field(
+        "prompts/judge_pair.txt", description="What the judge is asked: a text file with a header and named fields; see prompts/README.md."
+    )
+    constitution: str | None = Field(
+        None, description="A file with one principle a line; each pair is judged by one drawn from it. The template must use $principle."
+    )
+    abstain: float = Field(0.05, ge=0, lt=0.5, description="A probability this near to one half is undecided.")
+    margin: float = Field(1.0, gt=0, description="Scores of a pointwise template that differ by less are a tie.")
+    max_unparsed: float = Field(0.2, ge=0, le=1, description="Largest share of replies that cannot be read; more stop the stage.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest reply, where the judge writes one.")
+    max_requests: int | None = Field(
+        None, ge=0, description="Stop cleanly after this many questions to the judge.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    max_seconds: float | None = Field(None, gt=0, description="Stop cleanly after this long.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
+    max_cost: float | None = Field(
+        None, ge=0, description="Stop cleanly before the price of the replies passes this.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    prompt_price: float | None = Field(
+        None, ge=0, description="Price of a million prompt tokens at the endpoint; none: unknown.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    completion_price: float | None = Field(
+        None, ge=0, description="Price of a million completion tokens.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    concurrency: int = Field(8, ge=1, le=1000, description="Requests to an endpoint at one time.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
+    timeout: float = Field(60.0, gt=0, description="Seconds an endpoint has to reply.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
+    retries: int = Field(
+        6, ge=0, description="Times a question is asked again after an endpoint failed to reply.", json_schema_extra=KEEP_OUT_OF_IDENTITY
+    )
+    row_tokens: int = Field(
+        2048,
+        ge=16,
+        description="Tokens in one packed row of a local judge, that is in one forward pass.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
+    )
+    seed: int = Field(0, ge=0, description="Seed of the drawn principles. The recipe's seed unless given.")
