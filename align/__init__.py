@@ -8,9 +8,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from align.data.sources import Source
 from align.errors import AlignError
-from align.recipe import Evaluation, Policy, Recipe, RewardModel
+from align.recipe import Completions, Conversations, Evaluation, Policy, Preferences, Recipe, RewardModel
 from align.settings import Lora
 
-__all__ = ["AlignError", "Evaluation", "Lora", "Policy", "Recipe", "RewardModel", "Source", "__version__"]
+__all__ = [
+    "AlignError",
+    "Completions",
+    "Conversations",
+    "Evaluation",
+    "Lora",
+    "Policy",
+    "Preferences",
+    "Recipe",
+    "RewardModel",
+    "Source",
+    "__version__",
+]
 
 __version__ = "0.1.0"

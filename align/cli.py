@@ -62,9 +62,18 @@ def _dispatch(arguments: list[str]) -> None:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     _inspect_options(commands)
+    _judge_options(commands, arguments)
     options = parser.parse_args(arguments)
     if options.command == "inspect":
         _inspect(options)
+    elif options.command == "judge":
+        from align.judge.cli import run_judge
+
+        run_judge(options)
+    elif options.command == "label":
+        from align.judge.label_cli import run_label
+
+        run_label(options)
     elif options.command == "show":
         from align.show import show_run
 
@@ -102,6 +111,19 @@ def _inspect_options(commands: Any) -> None:
     look.add_argument("--config", help="of a hub data set that has several")
     look.add_argument("--out", type=Path, metavar="FILE", help="write the converted records as JSONL")
     look.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _judge_options(commands: Any, arguments: list[str]) -> None:
+    """`judge` and `label`, whose help lists settings: in full only where it is wanted, for that takes a moment."""
+    if arguments[:1] in (["judge"], ["label"]):
+        from align.judge.cli import add_judge_commands
+        from align.judge.label_cli import add_label_command
+
+        add_judge_commands(commands)
+        add_label_command(commands)
+    else:
+        commands.add_parser("judge", help="measure a judge before it labels: align judge audit --judge SPEC --gold FILE")
+        commands.add_parser("label", help="have a judge label pairs of completions: align label PAIRS --judge SPEC --out FILE")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.artifact import ARCHIVE, FACTS, FORMAT, Artifact, identity_of
-from align.base import Base, find_base
+from align.base import Base, file_sha256, find_base
 from align.data.mix import Data, load_data
 from align.errors import AlignError
+from align.files import shipped_file
+from align.judge.open import judge_identity
 from align.recipe import BASE, Recipe, Stage
-from align.settings import Training
+from align.records import Kind
+from align.settings import LabelSettings, Training
 
+MADE_FILES: dict[str, tuple[str, Kind]] = {  # kind of artifact -> (the file of rows in it, what they are)
+    "preferences": ("preferences.jsonl", "preference"),
+    "conversations": ("conversations.jsonl", "conversation"),
+}
+COMPLETIONS = "completions.jsonl"
+SAMPLED = "sampled.jsonl"  # what a stopped sampling has so far
 PARTIAL = ".partial"
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -40,10 +49,12 @@ class Planned:
         return self.former.facts["seconds"] if self.former else None
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet."""
+    def steps(self) -> int | None:
+        """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet. None where rows are not made."""
         settings = self.stage.settings
         if isinstance(settings, Training):
+            if not self.data:
+                return None
             rows = len(next(iter(self.data.values()))) * (1 - settings.holdout)
             return max(1, round(settings.epochs * rows / settings.batch_size))
         return getattr(settings, "iterations", 1)
@@ -126,12 +137,34 @@ def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: d
             "dtype": dtype,
             "parents": {role: parent and parent["identity"] for role, parent in parents.items()},
             "data": {role: rows.identity for role, rows in data.items()},
+            **_texts(stage),
+            **_judges(stage),
         }
     )
     work = run / PARTIAL / f"{stage.name}-{identity[:12]}"
     planned = Planned(stage, identity, base, data, parents, run / stage.name, work)
     _find_state(planned, run, dtype, again)
     return planned
+
+
+def _texts(stage: Stage) -> dict[str, Any]:
+    """The content of the text files that a stage's settings name; nothing for stages that name none."""
+    found = {}
+    for name in stage.settings.texts:
+        given = getattr(stage.settings, name)
+        if given is not None:
+            path = Path(given) if Path(given).is_file() else shipped_file(given)
+            if not path.is_file():
+                raise AlignError(f"{stage.name}.{name}: there is no file {given!r}.")
+            found[name] = file_sha256(path)
+    return {"texts": found} if found else {}
+
+
+def _judges(stage: Stage) -> dict[str, Any]:
+    """The identities of the judges that a stage's settings name; nothing for stages that name none."""
+    if not isinstance(stage.settings, LabelSettings) or not stage.settings.judges:
+        return {}
+    return {"judges": [judge_identity(spec) for spec in stage.settings.judges]}
 
 
 def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> None:
@@ -145,7 +178,7 @@ def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> 
         planned.state = "done"
     elif (aside / FACTS).is_file() and Artifact.open(aside).identity == identity:
         planned.state, planned.reason = "archived", "made before with these settings; taken from the archive"
-    elif (planned.work / CHECKPOINT).is_file():
+    elif any((planned.work / begun).is_file() for begun in (CHECKPOINT, SAMPLED)):
         planned.state, planned.reason = "resume", "stopped before; goes on from its last checkpoint"
     elif planned.former:
         planned.reason = _difference(planned, dtype)

@@ -20,17 +20,18 @@ SECONDS_BETWEEN_LINES = 10.0  # without a terminal
 class Meter:
     """A progress bar with a rate and the metrics that matter, `metrics.jsonl`, and optionally a tracker."""
 
-    def __init__(self, name: str, folder: Path, shown: tuple[str, ...], unit: str = "tokens", tracker: Any = None):
+    def __init__(self, name: str, folder: Path | None, shown: tuple[str, ...], unit: str = "tokens", tracker: Any = None):
         """Report for a stage.
 
         Args:
             name: the stage's name.
-            folder: where metrics.jsonl goes.
+            folder: where metrics.jsonl goes; none writes none.
             shown: metrics to show beside the bar, those that are there.
             unit: what the rate counts.
             tracker: anything with `log(values, step=)`, such as an Accelerator with trackers.
         """
-        self.name, self.path, self.shown, self.unit, self.tracker = name, folder / "metrics.jsonl", shown, unit, tracker
+        self.name, self.shown, self.unit, self.tracker = name, shown, unit, tracker
+        self.path = None if folder is None else folder / "metrics.jsonl"
         self._bar: Progress | None = None
         self._total = 0
         self._begun = self._spoke = time.monotonic()
@@ -39,11 +40,12 @@ class Meter:
 
     def begin(self, total: int, start: int = 0) -> None:
         """Start at step `start` of `total`, dropping metrics of later steps that a killed run left."""
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
         self._total, self._begun, self._counted = total, time.monotonic(), 0.0
-        self._before = seconds_so_far(self.path)
+        if self.path is not None:
+            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            self._before = seconds_so_far(self.path)
         if start:
             console.print(f"  {self.name}: going on from step {start} of {total}")
         if console.is_terminal:
@@ -63,9 +65,10 @@ class Meter:
         self._counted += counted
         seconds = time.monotonic() - self._begun
         self._latest.update(metrics)
-        row = {"step": step, **metrics, "seconds": round(self._before + seconds, 3)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            row = {"step": step, **metrics, "seconds": round(self._before + seconds, 3)}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if self.tracker is not None:
             self.tracker.log(metrics, step=step)
         rate = f"{self._counted / max(seconds, 1e-9):,.0f} {self.unit}/s"

@@ -14,17 +14,24 @@ from align.data.sources import Source, as_sources
 from align.errors import AlignError
 from align.overrides import build, parse_override, replace_in
 from align.records import Kind
-from align.settings import DPOSettings, EvaluateSettings, PPOSettings, RewardSettings, Settings, SFTSettings
+from align.settings import (
+    DPOSettings,
+    EvaluateSettings,
+    LabelSettings,
+    PPOSettings,
+    ReviseSettings,
+    RewardSettings,
+    SampleSettings,
+    Settings,
+    SFTSettings,
+)
 
 DTYPES = ("bfloat16", "float32")
 RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
-OPTIONAL_DATA: dict[str, dict[str, Kind]] = {"reward": {"demonstrations": "conversation"}}
-
-
-Rows = str | os.PathLike | Source | Mapping[str, Any] | Sequence[Any]  # what data=, preferences= and prompts= take
+OPTIONAL_DATA: dict[str, dict[str, Kind]] = {"reward": {"demonstrations": "conversation"}, "label": {"gold": "preference"}}
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,36 @@ class Handle:
     recipe: Recipe | None = None  # that declared it; none for the base and for an artifact from elsewhere
 
 
-class Policy(Handle):
+class Judge(Handle):
+    """What can compare two completions."""
+
+
+class Policy(Judge):
     """A model that answers: the base, or what sft, dpo and ppo make."""
 
 
-class RewardModel(Handle):
+class RewardModel(Judge):
     """A model that scores a completion."""
 
 
 class Evaluation(Handle):
     """A comparison of policies."""
+
+
+class Completions(Handle):
+    """Completions of prompts, several of each, not labelled."""
+
+
+class Preferences(Handle):
+    """Pairs of completions that a judge has labelled."""
+
+
+class Conversations(Handle):
+    """Prompts with answers to learn from."""
+
+
+Rows = str | os.PathLike | Source | Mapping[str, Any] | Sequence[Any] | Preferences | Conversations  # what data= and preferences= take
+MADE_ROWS: dict[Kind, type[Handle]] = {"preference": Preferences, "conversation": Conversations}
 
 
 BASE = Policy("base")
@@ -136,6 +163,42 @@ class Recipe:
         inputs = {"policy": (policy, Policy), "reward_model": (reward_model, RewardModel)}
         return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
 
+    def sample(self, *, policy: Policy | Sequence[Policy], prompts: Rows, name: str = "sample", **settings: Any) -> Completions:
+        """Several completions of each prompt, by one policy or by each of several."""
+        policies = [policy] if isinstance(policy, Handle) else list(policy)
+        inputs: dict[str, tuple[Any, type[Handle]]] = {f"policies.{i}": (each, Policy) for i, each in enumerate(policies)}
+        return self._declare(name, "sample", Completions, SampleSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
+
+    def revise(self, *, completions: Completions, policy: Policy = BASE, name: str = "revise", **settings: Any) -> Conversations:
+        """Have a policy criticise completions by principles and rewrite them (Bai et al. 2022, arXiv 2212.08073, sec. 3.1)."""
+        inputs = {"policy": (policy, Policy), "completions": (completions, Completions)}
+        return self._declare(name, "revise", Conversations, ReviseSettings, inputs, {}, settings)
+
+    def label(
+        self,
+        *,
+        completions: Completions,
+        judge: str | Judge | Sequence[str | Judge],
+        gold: Rows | None = None,
+        name: str = "label",
+        **settings: Any,
+    ) -> Preferences:
+        """Have a judge compare completions of the same prompt, in both orders, and keep what it is sure of as preferences.
+
+        Args:
+            completions: from recipe.sample.
+            judge: a policy, a reward model, 'embedded' or another base, or an endpoint ('http://host:port/v1#model'); a list is a panel.
+            gold: people's preferences, by which the judge is measured before it labels.
+            name: of the stage.
+            **settings: see `--help`.
+        """
+        judges = [judge] if isinstance(judge, str | Handle) else list(judge)
+        inputs: dict[str, tuple[Any, type[Handle]]] = {"completions": (completions, Completions)}
+        inputs |= {f"judges.{i}": (each, Judge) for i, each in enumerate(judges) if isinstance(each, Handle)}
+        specs = [each for each in judges if not isinstance(each, Handle)]
+        data: dict[str, tuple[Any, Kind]] = {} if gold is None else {"gold": (gold, "preference")}
+        return self._declare(name, "label", Preferences, LabelSettings, inputs, data, {"judges": specs, **settings})
+
     def evaluate(
         self,
         *,
@@ -156,9 +219,9 @@ class Recipe:
     def load(self, folder: str | os.PathLike) -> Any:
         """A policy or reward model from another run's folder, such as runs/a/sft."""
         artifact = Artifact.open(Path(folder))
-        kind = {"policy": Policy, "reward_model": RewardModel}.get(artifact.kind)
+        kind = KINDS.get(artifact.kind)
         if kind is None:
-            raise AlignError(f"{folder}: is an {artifact.kind}; expected a policy or a reward model.")
+            raise AlignError(f"{folder}: is an {artifact.kind}; expected one of {', '.join(KINDS)}.")
         return kind(artifact.name, artifact)
 
     def _declare(
@@ -174,6 +237,13 @@ class Recipe:
         if name in self.stages or name in RESERVED or not name.replace("_", "").replace("-", "").isalnum():
             taken = "is taken" if name in self.stages or name in RESERVED else "may hold letters, digits, '-' and '_' only"
             raise AlignError(f"{kind}: the stage name {name!r} {taken}. Give it another, such as name={f'{kind}2'!r}.")
+        made = {role: given for role, (given, _) in data.items() if isinstance(given, Handle)}  # rows that another stage makes
+        for role, given in made.items():
+            if data[role][1] not in MADE_ROWS:
+                raise AlignError(
+                    f"{name}: {role} is a {type(given).__name__} (stage {given.name!r}); expected a file, a folder or a hub id."
+                )
+            inputs = {**inputs, role: (given, MADE_ROWS[data[role][1]])}
         for role, (handle, wanted) in inputs.items():
             if not isinstance(handle, wanted):
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
@@ -185,9 +255,11 @@ class Recipe:
         if "seed" in settings:
             self._own_seed.add(name)
         handles = {role: handle for role, (handle, _) in inputs.items()}
-        sources = {role: (as_sources(given, f"{name}.{role}"), becomes) for role, (given, becomes) in data.items()}
+        sources = {role: (as_sources(given, f"{name}.{role}"), becomes) for role, (given, becomes) in data.items() if role not in made}
         if columns is not None:
-            first = next(iter(sources))
+            first = next(iter(sources), None)
+            if first is None:
+                raise AlignError(f"{name}: columns= maps the columns of a file, but this stage is given no file.")
             mapped = tuple(replace(source, columns=source.columns or columns) for source in sources[first][0])
             sources[first] = (as_sources(mapped, f"{name}.{first}"), sources[first][1])
         self.stages[name] = Stage(name, kind, makes, checked, handles, sources)
@@ -196,7 +268,7 @@ class Recipe:
     # Overrides --------------------------------------------------------------------------------------------------------
 
     def override(self, text: str) -> None:
-        """Apply one `--set`: stage.setting=value, stage.input=FILE, or recipe.base / .seed / .tracker=value.
+        """Apply one `--set`: stage.setting=value, stage.input=FILE, label.judge=SPEC, or recipe.base / .seed / .tracker=value.
 
         Raises:
             AlignError: where the stage or setting is unknown, or the value does not fit.
@@ -208,11 +280,17 @@ class Recipe:
         if name not in self.stages:
             raise AlignError(f"--set {text}: this recipe has no stage {name!r}. It has: {', '.join(self.stages)}, and recipe.")
         stage = self.stages[name]
-        takes = {role: becomes for role, (_, becomes) in stage.data.items()} | OPTIONAL_DATA.get(stage.kind, {})
-        if rest[0] in takes and len(rest) == 1:
+        made = {role: becomes for becomes, kind in MADE_ROWS.items() for role, given in stage.inputs.items() if isinstance(given, kind)}
+        takes = {role: becomes for role, (_, becomes) in stage.data.items()} | OPTIONAL_DATA.get(stage.kind, {}) | made
+        if stage.kind == "label" and rest == ["judge"]:
+            given = [value] if isinstance(value, str) else value
+            inputs = {role: handle for role, handle in stage.inputs.items() if not role.startswith("judges.")}
+            self.stages[name] = replace(stage, settings=replace_in(stage.settings, ["judges"], given, name), inputs=inputs)
+        elif rest[0] in takes and len(rest) == 1:
             given = value if isinstance(value, list | dict) else text.partition("=")[2].strip()
             data = {**stage.data, rest[0]: (as_sources(given, f"{name}.{rest[0]}"), takes[rest[0]])}
-            self.stages[name] = replace(stage, data=data)
+            inputs = {role: given for role, given in stage.inputs.items() if role != rest[0]}
+            self.stages[name] = replace(stage, data=data, inputs=inputs)
         else:
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))
         return None
@@ -259,8 +337,19 @@ class Recipe:
         return Path("runs") / self.name
 
 
+KINDS: dict[str, type[Handle]] = {  # of artifacts that a stage may be given
+    "policy": Policy,
+    "reward_model": RewardModel,
+    "completions": Completions,
+    "preferences": Preferences,
+    "conversations": Conversations,
+}
 _MAKERS = {
+    Judge: "a policy or a reward model",
     Policy: "from recipe.sft, recipe.dpo, recipe.ppo or recipe.base",
     RewardModel: "from recipe.reward",
+    Completions: "from recipe.sample",
+    Preferences: "from recipe.label, or a file",
+    Conversations: "from recipe.revise, or a file",
     Evaluation: "from recipe.evaluate",
 }

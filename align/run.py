@@ -22,12 +22,13 @@ from typing import Any
 from align.artifact import FORMAT, Artifact, archive, full_disk_explained, publish
 from align.base import Base, loading_explained, local_model
 from align.curves import draw
-from align.data.mix import Data
+from align.data.mix import Data, load_data
+from align.data.sources import Source
 from align.errors import AlignError
-from align.plan import CHECKPOINT, Planned, make_plan, shared_prompts
+from align.plan import CHECKPOINT, MADE_FILES, Planned, make_plan, shared_prompts
 from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
-from align.settings import EvaluateSettings, PPOSettings, Settings, Training
+from align.settings import EvaluateSettings, PPOSettings, SampleSettings, Settings, Training
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
@@ -107,12 +108,14 @@ def check_data(plans: Sequence[Planned]) -> None:
     with loading_explained(base.source):
         chat = Chat.load(location, base.revision if location == base.location else None)
     for planned in todo:
+        if not planned.data:
+            continue  # its rows are made by another stage
         name, settings, (role, data) = planned.stage.name, planned.stage.settings, next(iter(planned.data.items()))
         if isinstance(settings, Training):
             prepare(name, role, data, chat, settings)
             if "demonstrations" in planned.data:
                 demonstrations(name, planned.data["demonstrations"], chat, settings)
-        elif isinstance(settings, PPOSettings | EvaluateSettings):
+        elif isinstance(settings, PPOSettings | EvaluateSettings | SampleSettings):
             prompt_ids(name, data, chat, settings.max_bad_rows, getattr(settings, "max_prompt_tokens", None))
 
 
@@ -127,15 +130,16 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     planned.work.mkdir(parents=True, exist_ok=True)
     before = seconds_so_far(planned.work / "metrics.jsonl")
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
+    data = planned.data | made_data(stage.name, parents)
     begun = time.monotonic()
     gc.collect()  # the weights of the stage before
     _reset_peak_memory()
     with _tracker(recipe, planned) as tracker:
-        job = Job(stage.name, stage.settings, planned.base, parents, planned.data, planned.work, recipe.dtype, tracker)
+        job = Job(stage.name, stage.settings, planned.base, parents, data, planned.work, recipe.dtype, tracker)
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     (planned.work / CHECKPOINT).unlink(missing_ok=True)
-    facts = describe(planned, recipe.dtype, result, before + time.monotonic() - begun)
+    facts = describe(planned, recipe.dtype, data, result, before + time.monotonic() - begun)
     draw(stage.kind, planned.work / "metrics.jsonl", planned.work / "curves.png")
     publish(planned.work, planned.final, facts)
     with contextlib.suppress(OSError):
@@ -153,7 +157,17 @@ def _open_parent(planned: Planned, parent: dict[str, Any]) -> Artifact:
     return artifact
 
 
-def describe(planned: Planned, dtype: str | None, result: Result, seconds: float) -> dict[str, Any]:
+def made_data(name: str, parents: dict[str, Artifact | None]) -> dict[str, Data]:
+    """The rows that other stages made for this one, through the same door as files."""
+    found = {}
+    for role, parent in parents.items():
+        if parent is not None and parent.kind in MADE_FILES:
+            file, kind = MADE_FILES[parent.kind]
+            found[role] = load_data((Source(str(parent.folder / file)),), kind, f"{name}.{role}")
+    return found
+
+
+def describe(planned: Planned, dtype: str | None, data: dict[str, Data], result: Result, seconds: float) -> dict[str, Any]:
     """artifact.json without its list of files."""
     stage = planned.stage
     return {
@@ -166,7 +180,7 @@ def describe(planned: Planned, dtype: str | None, result: Result, seconds: float
         "parents": planned.parents,
         "base": vars(planned.base),
         "dtype": dtype,
-        "data": {role: {**rows.facts, **result.data.get(role, {})} for role, rows in planned.data.items()},
+        "data": {role: {**rows.facts, **result.data.get(role, {})} for role, rows in data.items()},
         "model": result.model,
         "metrics": result.metrics,
         "checks": result.checks,

@@ -32,6 +32,9 @@ class Settings(BaseModel):
     revision: ClassVar[int] = 1
     """Raised when the same settings begin to mean another outcome, so that older artifacts are made again."""
 
+    texts: ClassVar[tuple[str, ...]] = ()
+    """Settings that name text files, whose content decides the outcome."""
+
     def deciding(self) -> dict:
         """The settings that decide the outcome, for the stage's identity."""
         fields = type(self).model_fields
@@ -184,6 +187,8 @@ class EvaluateSettings(Settings):
 class JudgeSettings(Settings):
     """How a judge is asked. Whatever it has answered before is in its ledger and is not asked again."""
 
+    texts = ("template", "constitution")
+
     template: str = Field(
         "prompts/judge_pair.txt", description="What the judge is asked: a text file with a header and named fields; see prompts/README.md."
     )
@@ -194,13 +199,9 @@ class JudgeSettings(Settings):
     margin: float = Field(1.0, gt=0, description="Scores of a pointwise template that differ by less are a tie.")
     max_unparsed: float = Field(0.2, ge=0, le=1, description="Largest share of replies that cannot be read; more stop the stage.")
     max_new_tokens: int = Field(256, ge=1, description="Longest reply, where the judge writes one.")
-    max_requests: int | None = Field(
-        None, ge=0, description="Stop cleanly after this many questions to the judge.", json_schema_extra=KEEP_OUT_OF_IDENTITY
-    )
-    max_seconds: float | None = Field(None, gt=0, description="Stop cleanly after this long.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
-    max_cost: float | None = Field(
-        None, ge=0, description="Stop cleanly before the price of the replies passes this.", json_schema_extra=KEEP_OUT_OF_IDENTITY
-    )
+    max_requests: int | None = Field(None, ge=0, description="Stop cleanly after this many questions to the judge.")
+    max_seconds: float | None = Field(None, gt=0, description="Stop cleanly after this long.")
+    max_cost: float | None = Field(None, ge=0, description="Stop cleanly before the price of the replies passes this.")
     prompt_price: float | None = Field(
         None, ge=0, description="Price of a million prompt tokens at the endpoint; none: unknown.", json_schema_extra=KEEP_OUT_OF_IDENTITY
     )
@@ -219,3 +220,52 @@ class JudgeSettings(Settings):
         json_schema_extra=KEEP_OUT_OF_IDENTITY,
     )
     seed: int = Field(0, ge=0, description="Seed of the drawn principles. The recipe's seed unless given.")
+
+
+class SampleSettings(Settings):
+    """Sample completions of prompts, to be compared, revised or learned from."""
+
+    completions_per_prompt: int = Field(4, ge=1, description="Completions of each prompt by each policy at each temperature.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
+    max_prompt_tokens: int = Field(1024, ge=1, description="Longer prompts are left out, and counted.")
+    max_prompts: int | None = Field(None, ge=1, description="Use the first this many prompts; none uses all.")
+    temperatures: tuple[float, ...] = Field((0.8,), min_length=1, description="Sampling temperatures; each gives completions of its own.")
+    keep_cut: bool = Field(False, description="Keep completions that never ended their turn.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
+    max_bad_rows: BadRows = 0.02
+
+
+class ReviseSettings(Settings):
+    """Criticise completions by principles and rewrite them."""
+
+    texts = ("constitution", "critique_template", "revision_template")
+
+    constitution: str = Field("prompts/constitution.txt", description="A file with one principle a line; one is drawn for each revision.")
+    critique_template: str = Field("prompts/critique.txt", description="The template that asks for a critique.")
+    revision_template: str = Field("prompts/revision.txt", description="The template that asks for a rewritten completion.")
+    rounds: int = Field(1, ge=1, le=16, description="Critiques and revisions of each completion, one after the other.")
+    completions_per_prompt: int = Field(1, ge=1, description="Completions of each prompt that are revised; further ones are left out.")
+    max_new_tokens: int = Field(192, ge=1, description="Longest critique and longest revision in tokens.")
+    temperature: float = Field(0.7, ge=0, le=5, description="Sampling temperature; 0 takes the likeliest token.")
+    seed: int = Field(0, ge=0, description="Seed of the drawn principles and the sampling. The recipe's seed unless given.")
+
+
+class LabelSettings(JudgeSettings):
+    """Have a judge compare completions, and keep what it is sure of as preferences."""
+
+    judges: tuple[str, ...] = Field(
+        (), description="Judges beside those given as stages: a base, or an endpoint 'http://host:port/v1#model'."
+    )
+    pairs_per_prompt: int = Field(2, ge=1, description="Pairs of each prompt's completions, drawn by lot.")
+    max_pairs: int | None = Field(None, ge=1, description="Judge the first this many pairs; none judges all.")
+    undecided: Literal["drop", "keep"] = Field(
+        "drop", description="drop leaves out pairs on which the judge flipped with the order or was unsure; keep trains on its probability."
+    )
+    hard_labels: bool = Field(False, description="Give every label the probability 1, for comparison.")
+    audit_pairs: int = Field(200, ge=0, description="Pairs by which the judge is measured before it labels; 0 leaves the audit out.")
+    trust_judge: bool = Field(False, description="Label even if the audit refuses the judge.")
+    ledger: str | None = Field(
+        None,
+        description="File of everything judges have said; judgements.sqlite in the run's folder.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
+    )

@@ -45,7 +45,15 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         parents = ", ".join(dict.fromkeys(parent["name"] if parent else "base" for parent in planned.parents.values()))
         rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
         took = f"{planned.seconds:.0f} s" if planned.seconds is not None else "not known"
-        table.add_row(planned.stage.name, parents, rows, str(planned.steps), words[planned.state], escape(planned.reason), took)
+        table.add_row(
+            planned.stage.name,
+            parents,
+            rows,
+            "" if planned.steps is None else f"{planned.steps:,}",
+            words[planned.state],
+            escape(planned.reason),
+            took,
+        )
     console.print(table)
     todo = [p for p in plans if p.state in ("run", "resume")]
     known = [p.seconds for p in todo if p.seconds is not None]

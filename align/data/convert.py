@@ -23,21 +23,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import orjson
 from xxhash import xxh3_64_intdigest
 
-from align.base import cache_folder, file_sha256
+from align.base import file_sha256
+from align.data.cache import cache_for
 from align.data.checks import Problem, find_problem
 from align.data.formats import converter, group_key, recognise
+from align.data.measures import REFUSED, measures
 from align.data.read import Part, Unreadable, first_rows, parts, rows
-from align.data.read_json import json_row, line_blocks
-from align.data.rows import SEPARATOR, Format, Unfit
+from align.data.read_bytes import line_blocks
+from align.data.read_json import json_row
+from align.data.rows import Format, Unfit
 from align.data.sources import Source, data_suffix, find_files, hub_rows
 from align.errors import AlignError
 from align.progress import tracked
-from align.records import Kind, first_user_turn
+from align.records import Kind
 
 if TYPE_CHECKING:
     import numpy as np
 
-REVISION = 1  # raised when the same files begin to give other records
+REVISION = 2  # raised when the same files begin to give other records
 BATCH = 5000  # records written at one time
 SEVERAL_PROCESSES_FROM = 8_000_000  # bytes; below, starting processes costs more than it saves
 PART = 64_000_000  # bytes of a large file that are converted at one time
@@ -117,9 +120,8 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
     contents = [(file["sha256"], data_suffix(path)) for file, path in zip(known, files, strict=True)]
     decides = [REVISION, kind, sorted((source.columns or {}).items()), contents or hub]
     name = f"{xxh3_64_intdigest(json.dumps(decides).encode()):016x}-{_safe(source.path)}"
-    folder = cache_folder() / "data" / name
+    folder = cache_for("data") / name
     if not (folder / "report.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
             _convert(source, kind, where, files, work)
@@ -132,6 +134,7 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
+    os.utime(folder)  # what is used stays in the cache
     report["files"] = known or [{"path": source.path, "sha256": "", "bytes": 0}]  # the same bytes may lie elsewhere now
     return Converted(folder, report)
 
@@ -163,6 +166,8 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
         counts = [convert_part(work) for work in works]
     else:
+        import align.data.fast  # noqa: F401  once, before the processes part
+
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), context) as pool:
             counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))
@@ -248,41 +253,38 @@ def _batch(lines: list[tuple]) -> Any:
     return pa.record_batch([pa.array(values, field.type, size=len(lines)) for values, field in columns], schema())
 
 
-def _quick_batch(work: Work, first: int, block: list[bytes], layout: Any) -> tuple[int, Any]:
+def _quick_batch(work: Work, first: int, block: bytes, layout: Any) -> tuple[int, Any]:
     """Records of a block of lines: those that are right beyond doubt as they are, the others converted one by one."""
     import numpy as np
     import pyarrow as pa
 
-    from align.data.fast import check
+    from align.data.fast import Lines, check
 
-    checked = check(block, work.format, layout)
+    block_lines = Lines(block)
+    checked = check(block_lines, work.format, layout)
     convert, kind = converter(work.format), work.format.kind
-    good = np.flatnonzero(checked.good) if checked else np.array([], dtype=int)
-    others = np.flatnonzero(~checked.good) if checked else np.arange(len(block))
-    lines, count = list[tuple](), len(good)
-    for at in others.tolist():
-        row = json_row(block[at])
+    good = checked.good if checked else np.zeros(len(block_lines), dtype=bool)
+    lines, count = list[tuple](), int(good.sum())
+    for at in np.flatnonzero(~good).tolist():
+        row = json_row(block_lines[at])
         if row is not None:
             count += 1
             lines += _lines(work.file, first + at, row, convert, kind)
     slow = _batch(lines)
-    if checked is None or not len(good):
+    if checked is None or not good.any():
         return count, slow
     constant = {"file": work.file, "reason": None, "detail": None, "raw": True, "probability": 1.0, "margin": 0.0}
+    given = {"line": np.arange(first, first + len(good)), "record": block_lines.whole(), **checked.columns}
     arrays = []
     for field in schema():
         if field.name in constant:
             arrays.append(pa.repeat(pa.scalar(constant[field.name], field.type), len(good)))
-        elif field.name == "line":
-            arrays.append(pa.array(first + good, field.type))
-        elif field.name == "record":
-            arrays.append(pa.array(block if len(good) == len(block) else [block[at] for at in good.tolist()], field.type))
         else:
-            arrays.append(pa.array(np.asarray(checked.columns[field.name])[good], field.type))
+            arrays.append(pa.array(given[field.name], field.type))
     quick = pa.record_batch(arrays, schema())
-    if not lines:
+    if good.all():
         return count, quick
-    both = pa.Table.from_batches([quick, slow]).sort_by("line").combine_chunks()
+    both = pa.Table.from_batches([quick.filter(pa.array(good)), slow]).sort_by("line").combine_chunks()
     return count, both.to_batches()[0]
 
 
@@ -309,10 +311,6 @@ def schema() -> Any:
     )
 
 
-HALF = 1 << 63  # hashes are unsigned, Arrow's numbers signed
-REFUSED = (0, 0, 0, 0, 0, 0, 1.0, 0.0)
-
-
 def _lines(file: int, line: int, row: Any, convert: Any, kind: Kind) -> list[tuple]:
     """The columns of every record that a row gives, or of its refusal."""
     if isinstance(row, Unreadable):
@@ -337,7 +335,7 @@ def _line(file: int, line: int, record: dict[str, Any], kind: Kind) -> tuple:
     if problem is None:
         try:
             text = orjson.dumps(record)
-            return (file, line, text, False, None, None, *_measures(record, text, kind))
+            return (file, line, text, False, None, None, *measures(record, text, kind))
         except TypeError as error:  # a lone surrogate in a tool's schema, a number beyond 64 bits
             problem = Problem("not valid Unicode or JSON", str(error))
     return (file, line, _raw(record), False, problem.reason, problem.detail, *REFUSED)
@@ -348,36 +346,3 @@ def _raw(row: Any) -> bytes:
         return json.dumps(row, default=repr)[:RAW_KEPT].encode()
     except RecursionError:
         return b"nested too deeply to be shown"
-
-
-def _measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:
-    """Key, prompt, digest, pair, characters, longer, probability and margin of a record whose JSON is `text`."""
-    if kind == "conversation":
-        if "text" in record:
-            key = prompt = _hash(record["text"])
-            return key, prompt, prompt, 0, len(record["text"]), 0, 1.0, 0.0
-        messages = record["messages"]
-        contents = [message["content"] for message in messages]
-        plain = "tools" not in record and max(map(len, messages)) == 2
-        whole = _hash(SEPARATOR.join(contents)) if plain else xxh3_64_intdigest(text) - HALF
-        prompt = _hash(SEPARATOR.join(contents[:-1]))
-        key = prompt if len(messages) == 2 else _hash(first_user_turn(messages))
-        return key, prompt, whole, 0, sum(map(len, contents)), 0, 1.0, 0.0
-    messages = record["prompt"]
-    opening = SEPARATOR.join([message["content"] for message in messages])
-    key, prompt = _hash(first_user_turn(messages)), _hash(opening)
-    plain = "tools" not in record and max(map(len, messages)) == 2
-    if kind == "prompt":
-        return key, prompt, prompt if plain else xxh3_64_intdigest(text) - HALF, 0, len(opening), 0, 1.0, 0.0
-    better, worse = record["chosen"][0], record["rejected"][0]
-    chosen, rejected = better["content"], worse["content"]
-    size, longer = len(opening) + len(chosen) + len(rejected), len(chosen) - len(rejected)
-    if not (plain and len(better) == len(worse) == 2):  # they may differ in their tools and calls alone
-        opening, chosen, rejected = (orjson.dumps(part).decode() for part in ([messages, record.get("tools")], better, worse))
-    pair = _hash(SEPARATOR.join((opening, *sorted((chosen, rejected)))))
-    whole = _hash(SEPARATOR.join((opening, chosen, rejected)))
-    return key, prompt, whole, pair, size, longer, record.get("chosen_probability", 1.0), record.get("margin", 0.0)
-
-
-def _hash(text: str) -> int:
-    return xxh3_64_intdigest(text.encode()) - HALF

@@ -7,7 +7,6 @@ goes the plain way of `align.data.convert`, which decides and says why; both way
 from __future__ import annotations
 
 import re
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,11 @@ import pyarrow.json
 from xxhash import xxh3_64_intdigest
 
 from align.data.instructions import NO_INPUT
-from align.data.rows import SEPARATOR, Format
+from align.data.measures import FACTOR, HALF
+from align.data.rows import Format
 
 DEEP = b"[" * 100  # nested deeper than Python reads
+ODD = (b"{{", b"\n\nHuman:", b"\n\nAssistant:")  # a placeholder perhaps, or a transcript that has turns in it
 _FIELDS = {"conversation": ({"prompt", "completion"}, {"prompt", "input", "completion"}), "preference": ({"prompt", "chosen", "rejected"},)}
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -28,7 +29,30 @@ class Checked(NamedTuple):
     """What was found of a block's lines. Columns hold a value for every line; they mean something where `good` is True."""
 
     good: np.ndarray
-    columns: dict[str, Any]  # key, prompt, digest, pair, characters, longer
+    columns: dict[str, np.ndarray]  # key, prompt, digest, pair, characters, longer
+
+
+class Lines:
+    """The lines of a block of bytes, where they lie in it."""
+
+    def __init__(self, block: bytes):
+        """Find where they begin and end."""
+        self.block = block
+        self.ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+        if not block.endswith(b"\n"):
+            self.ends = np.append(self.ends, len(block))
+        self.starts = np.concatenate([[0], self.ends[:-1] + 1])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, at: int) -> bytes:
+        return self.block[self.starts[at] : self.ends[at]]
+
+    def whole(self) -> pa.BinaryArray:
+        """All of them with their newlines, without a copy."""
+        offsets = np.append(self.starts, len(self.block)).astype(np.int32)
+        return pa.Array.from_buffers(pa.binary(), len(self), [None, pa.py_buffer(offsets), pa.py_buffer(self.block)])
 
 
 def layout_of(format: Format) -> pa.Schema | None:
@@ -42,31 +66,43 @@ def layout_of(format: Format) -> pa.Schema | None:
     return None
 
 
-def check(lines: list[bytes], format: Format, layout: pa.Schema) -> Checked | None:
+def check(lines: Lines, format: Format, layout: pa.Schema) -> Checked | None:
     """Check lines of JSON, one row each.
 
     Returns:
         Which are right, with their columns; None where Arrow reads them in another way than line by line.
     """
-    block = b"\n".join(lines)
-    plain = "messages" not in format.columns
-    objects = all(map(bytes.startswith, lines, repeat(b"{"))) and all(map(bytes.endswith, lines, repeat(b"}")))
-    if not objects or _has_no_number(block) or DEEP in block:  # Arrow reads more than JSON has, and rows over two lines
+    characters = np.frombuffer(lines.block, np.uint8)
+    objects = (characters[lines.starts] == ord("{")) & (characters[lines.ends - 1] == ord("}"))
+    if not objects.all() or DEEP in lines.block:  # Arrow reads rows over two lines
         return None
-    try:
-        if not block.isascii():
-            block.decode()
-        table = pa.json.read_json(
-            pa.BufferReader(block),
-            pa.json.ReadOptions(use_threads=False, block_size=max(len(block) + 1, 1 << 16)),
-            pa.json.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore" if plain else "infer"),
-        ).combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
-        return None
-    if len(table) != len(lines) or any(table.schema.field(field.name).type != field.type for field in layout):
+    table = _table(lines.block, layout, "messages" not in format.columns)
+    if table is None or len(table) != len(lines) or any(table.schema.field(field.name).type != field.type for field in layout):
         return None
     texts = {name: _whole(table[format.column(name)]) for name in format.columns}
-    return _check_columns(texts, format) if plain else _check_messages(texts["messages"])
+    return _check_messages(texts["messages"]) if "messages" in texts else _check_columns(texts, format)
+
+
+def _table(block: bytes, layout: pa.Schema, plain: bool) -> pa.Table | None:
+    """The rows as Arrow reads them; None where it cannot, or reads what is no JSON.
+
+    Other columns are read too: in a turn they matter, and they tell whether there are numbers. Beside plain columns they may be
+    anything.
+    """
+    for others in ("infer", "ignore") if plain else ("infer",):
+        try:
+            if not block.isascii():
+                block.decode()
+            table = pa.json.read_json(
+                pa.BufferReader(block),
+                pa.json.ReadOptions(use_threads=False, block_size=max(len(block) + 1, 1 << 16)),
+                pa.json.ParseOptions(explicit_schema=layout, unexpected_field_behavior=others),
+            ).combine_chunks()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
+            continue
+        may_have_numbers = others == "ignore" or "double" in str(table.schema)
+        return None if may_have_numbers and _has_no_number(block) else table
+    return None
 
 
 def _has_no_number(block: bytes) -> bool:
@@ -91,15 +127,17 @@ def _check_columns(texts: dict[str, Any], format: Format) -> Checked:
         good &= _true(pc.or_(empty, pc.invert(none)))
         prompt = pc.if_else(empty, prompt, pc.binary_join_element_wise(prompt, extra, "\n\n"))
     replies = [texts[field] for field in ("chosen", "rejected", "completion") if field in texts]
-    joined = pc.binary_join_element_wise(prompt, *replies, SEPARATOR)
-    good &= ~_true(_odd(joined, pa.scalar(len(replies), pa.int32())))
-    sizes = {"characters": _numbers(pc.utf8_length(joined)) - len(replies)}
-    if format.kind == "preference":
-        chosen, rejected = replies
-        good &= _true(pc.not_equal(pc.utf8_trim_whitespace(chosen), pc.utf8_trim_whitespace(rejected)))
-        longer = pc.subtract(pc.utf8_length(chosen), pc.utf8_length(rejected))
-        return Checked(good, {**_pair_hashes(joined), **sizes, "longer": _numbers(longer)})
-    return Checked(good, {**_hashes(joined, np.zeros(len(joined), dtype=bool)), **sizes, **_none(len(joined), "pair", "longer")})
+    for column in (prompt, *replies):
+        good &= ~_odd(column)
+    opening, *hashes = (_hashes(column) for column in (prompt, *replies))
+    size, *sizes = (_numbers(pc.utf8_length(column)) for column in (prompt, *replies))
+    known = {"key": opening, "prompt": opening}
+    if format.kind == "conversation":
+        return _checked(good, {**known, "digest": opening * FACTOR + hashes[0]}, characters=size + sizes[0])
+    good &= _true(pc.not_equal(*map(pc.utf8_trim_whitespace, replies)))
+    better, worse = hashes
+    known |= {"digest": (opening * FACTOR + better) * FACTOR + worse, "pair": opening * FACTOR + (better + worse)}
+    return _checked(good, known, characters=size + sum(sizes), longer=sizes[0] - sizes[1])
 
 
 def _check_messages(messages: Any) -> Checked:
@@ -114,14 +152,17 @@ def _check_messages(messages: Any) -> Checked:
     has_system = np.zeros(len(messages), dtype=bool)
     has_system[row[(at == 0) & (code == 2)]] = True
     expected = np.where((at == 0) & has_system[row], 2, (at - has_system[row]) % 2)
-    right = (code == expected) & _true(pc.invert(_blank(contents)))
+    right = (code == expected) & _true(pc.invert(_blank(contents))) & ~_odd(contents)
     wrong = np.bincount(row[~right], minlength=len(messages)) > 0
     good = ~wrong & ((counts - has_system) % 2 == 0) & (counts - has_system >= 2)
-    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
-    joined = pc.binary_join(pa.ListArray.from_arrays(offsets, pc.fill_null(contents, "")), SEPARATOR)
-    good &= ~_true(_odd(joined, pa.array((counts - 1).astype(np.int32))))
-    sizes = {"characters": _numbers(pc.utf8_length(joined)) - (counts - 1)}
-    return Checked(good, {**_hashes(joined, has_system), **sizes, **_none(len(joined), "pair", "longer")})
+    hashes = np.append(_hashes(contents), np.uint64(0))  # for rows without a turn
+    prompts = np.zeros(len(messages), dtype=np.uint64)
+    for turn in range(counts.max(initial=0) - 1):
+        more = np.flatnonzero(counts - 1 > turn)
+        prompts[more] = prompts[more] * FACTOR + hashes[(ends - counts)[more] + turn]
+    known = {"key": hashes[ends - counts + has_system], "prompt": prompts, "digest": prompts * FACTOR + hashes[ends - 1]}
+    sizes = np.bincount(row, _numbers(pc.utf8_length(contents)), minlength=len(messages))
+    return _checked(good, known, characters=sizes.astype(np.int64))
 
 
 def _blank(column: Any) -> Any:
@@ -129,11 +170,13 @@ def _blank(column: Any) -> Any:
     return pc.or_(pc.equal(column, ""), pc.utf8_is_space(column))
 
 
-def _odd(joined: Any, separators: Any) -> Any:
-    """True where a row wants a closer look: braces may be a placeholder, a transcript has turns in it, a separator confuses hashes."""
-    odd = pc.not_equal(pc.count_substring(joined, SEPARATOR), separators)
-    for mark in ("{{", "\n\nHuman:", "\n\nAssistant:"):
-        odd = pc.or_(odd, pc.match_substring(joined, mark))
+def _odd(texts: Any) -> np.ndarray:
+    """True where a text wants a closer look. Most blocks have none, which is seen several times as fast over all texts at once."""
+    content, odd = texts.buffers()[2], np.zeros(len(texts), dtype=bool)
+    joined = content.to_pybytes() if content else b""
+    for mark in ODD:
+        if mark[:1] in joined and mark in joined:
+            odd |= _true(pc.match_substring(texts, mark.decode()))
     return odd
 
 
@@ -146,36 +189,13 @@ def _numbers(numbers: Any, missing: int = 0) -> np.ndarray:
     return pc.fill_null(numbers, missing).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _none(count: int, *names: str) -> dict[str, np.ndarray]:
-    return {name: np.zeros(count, dtype=np.int64) for name in names}
+def _hashes(texts: Any) -> np.ndarray:
+    """The hash of each text. Shape (texts,)."""
+    return np.array(list(map(xxh3_64_intdigest, pc.fill_null(texts, "").cast(pa.binary()).to_pylist())), dtype=np.uint64)
 
 
-def _hashes(joined: Any, has_system: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the first user turn, of all turns but the last, and of all."""
-    separator = SEPARATOR.encode()
-    texts = _bytes(joined)
-    openings = [text.rpartition(separator)[0] for text in texts]
-    prompts = _digests(openings)
-    several = [at for at, opening in enumerate(openings) if separator in opening]
-    keys = prompts.copy()
-    keys[several] = _digests([openings[at].split(separator, 2)[1 if has_system[at] else 0] for at in several])
-    return {"key": keys, "prompt": prompts, "digest": _digests(texts)}
-
-
-def _pair_hashes(joined: Any) -> dict[str, np.ndarray]:
-    """Of the prompt, of prompt, chosen and rejected, and of these whichever is chosen."""
-    separator = SEPARATOR.encode()
-    texts = _bytes(joined)
-    parts = [text.split(separator) for text in texts]
-    prompts = _digests([part[0] for part in parts])
-    pairs = _digests([separator.join([part[0], *sorted(part[1:])]) for part in parts])
-    return {"key": prompts, "prompt": prompts, "digest": _digests(texts), "pair": pairs}
-
-
-def _bytes(joined: Any) -> list[bytes]:
-    return pc.fill_null(joined, "").cast(pa.binary()).to_pylist()
-
-
-def _digests(texts: list[bytes]) -> np.ndarray:
-    """xxh3 less 2^63, as `align.data.convert` has it: Arrow's numbers are signed."""
-    return (np.array([xxh3_64_intdigest(text) for text in texts], dtype=np.uint64) ^ np.uint64(1 << 63)).view(np.int64)
+def _checked(good: np.ndarray, hashes: dict[str, np.ndarray], **sizes: np.ndarray) -> Checked:
+    """The columns: hashes less 2^63, and zero for what there is not."""
+    none = np.zeros(len(good), dtype=np.int64)
+    signed = {name: (of_all ^ HALF).view(np.int64) for name, of_all in hashes.items()}
+    return Checked(good, {"pair": none, "longer": none, **signed, **sizes})

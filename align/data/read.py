@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from align.data import read_bytes
-from align.data.read_bytes import MB, Part, Unreadable, open_file, read_blocks
+from align.data.read_bytes import Part, Unreadable, newlines, open_file, read_blocks
 from align.data.read_json import json_lines, json_list, json_object
 from align.data.read_table import csv_rows, parquet_file, parquet_rows, text_lines
 from align.data.sources import READ, data_suffix
@@ -172,12 +172,9 @@ def _by_bytes(whole: Part, count: int) -> list[Part]:
             while (line := file.readline(read_bytes.BLOCK)) and not line.endswith(b"\n"):
                 pass
             bounds.append(file.tell())
-        bounds = sorted({*bounds, size})
-        for start, stop in itertools.pairwise(bounds):
+        for start, stop in itertools.pairwise(sorted({*bounds, size})):
             found.append(whole._replace(start=start, stop=stop, first=number))
-            file.seek(start)
-            for at in range(start, stop, 4 * MB):
-                number += file.read(min(4 * MB, stop - at)).count(b"\n")
+            number += sum(map(newlines, read_blocks(found[-1])))
     return found
 
 

@@ -31,19 +31,6 @@ def json_lines(part: Part) -> Iterator[tuple[int, dict | Unreadable]]:
             yield number, row
 
 
-def line_blocks(part: Part) -> Iterator[tuple[int, list[bytes]]]:
-    """The lines of a part of JSONL in blocks of a few megabytes, each with the number of its first line."""
-    first, held, size = part.first, list[bytes](), 0
-    for number, line in read_lines(part):
-        if size > 4 * MB:
-            yield first, held
-            first, held, size = number, [], 0
-        held.append(line)
-        size += len(line)
-    if held:
-        yield first, held
-
-
 def json_row(line: bytes) -> dict | Unreadable | None:
     """The row that a line of JSONL holds; None for a blank line."""
     try:

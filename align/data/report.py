@@ -57,11 +57,9 @@ def describe(converted: Converted, formats: Sequence[Format], rows: int) -> dict
 
 def first_of(digests: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """True at the first kept record of each digest. Shape (records,)."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     at = np.flatnonzero(kept)
-    if len(pc.unique(pa.array(digests[at]))) == len(at):  # by hashing, several times as fast as the sort below
+    ordered = np.sort(digests[at])
+    if (ordered[1:] != ordered[:-1]).all():  # a tenth of the time that the places take below
         return kept
     _, firsts = np.unique(digests[at], return_index=True)
     first = np.zeros(len(digests), dtype=bool)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 Kind = Literal["conversation", "preference", "prompt"]
 Convert = Callable[[Mapping], list[dict]]
-SEPARATOR = "\x1f"  # between the texts of a record where they are hashed together
 
 
 class Unfit(ValueError):

@@ -16,8 +16,8 @@ from rich.markup import escape
 from torch import Tensor
 
 from align.artifact import identity_of
-from align.base import cache_folder
 from align.chat import Chat, JoinedReply, UnfitMessages
+from align.data.cache import cache_for
 from align.data.checks import Problem
 from align.data.convert import Converted
 from align.data.mix import Data, is_heldout, stirred, times_in_epoch
@@ -190,8 +190,6 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     rendering = {"train_on": getattr(settings, "train_on", None), "max_length": settings.max_length, "on_overlong": settings.on_overlong}
     known = [chat.template_fingerprint, chat.tokenizer_fingerprint, chat.tokenizer.special_tokens_map]  # templates write those too
     fingerprint = identity_of({"revision": REVISION, "data": data.identity, "chat": known, **rendering})[:32]
-    folder = cache_folder() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
     import pyarrow as pa
 
     def lines(number: int, converted: Converted) -> Any:
@@ -205,7 +203,7 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     records = whole.select(starts[data.chosen[:, 0]] + data.chosen[:, 1], new_fingerprint=fingerprint)
     processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
     with _bars_of_datasets(processes is not None and console.is_terminal):
-        return records.map(
+        tokens = records.map(
             _Renderer(chat, data.converted, data.kind, rendering),
             batched=True,
             batch_size=PIECE,
@@ -214,9 +212,12 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
             features=_features(),
             num_proc=processes,
             desc="tokenising",
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            cache_file_name=str(cache_for("tokens") / f"{fingerprint}.arrow"),
             new_fingerprint=f"{fingerprint}-tokens",
         )
+    for file in tokens.cache_files:
+        os.utime(file["filename"])  # what is used stays in the cache
+    return tokens
 
 
 @contextmanager

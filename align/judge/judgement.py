@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, Protocol
 
+from align.prompts import as_text
 from align.records import Message
 
 Said = Literal["first", "second", "tie", "unparsed"]  # by position, as the judge saw the pair
@@ -37,6 +38,15 @@ class Question:
     first: list[Message]
     second: list[Message] | None = None
     principle: str | None = None
+
+    def fields(self) -> dict[str, str]:
+        """What fills a judge's template."""
+        if self.second is None:
+            completions = {"completion": as_text(self.first)}
+        else:
+            completions = {"first": as_text(self.first), "second": as_text(self.second)}
+        principle = {} if self.principle is None else {"principle": self.principle}
+        return {"prompt": as_text(self.prompt), **completions, **principle}
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,10 @@ class Judgement:
 
 
 class Judge(Protocol):
-    """Anything that answers questions. Its three names are what the ledger keys a reply by."""
+    """Anything that answers questions. Its three names are what the ledger keys a reply by.
+
+    One that scores completions by themselves has `pointwise = True` besides.
+    """
 
     name: str  # kind and where it is: 'local embedded', 'endpoint http://localhost:8000/v1'
     model: str  # the revision, identity or endpoint model

@@ -1,13 +1,13 @@
 """Attention over a packed row, block by block, so that nothing is paid for what examples may not see.
 
-Registered with transformers' attention interface. With `row_segments` it takes one packed row; without, it is plain
+Registered with transformers' attention interface. With `row_blocks` it takes one packed row; without, it is plain
 scaled dot-product attention, which the decoding steps use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from align.model.packing import Segment
 
 NAME = "align_packed"
+SMALL = 4096  # scores that cost less than the products they would take by themselves
 
 
 def packed_attention(
@@ -30,7 +31,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    row_segments: tuple[Segment, ...] | None = None,
+    row_blocks: Callable[[int | None], Blocks] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attend within each example: the prompt to itself, each completion to its prompt and itself, causally.
@@ -44,13 +45,13 @@ def packed_attention(
         scaling: factor of the products of queries and keys.
         dropout: of the attention weights. Zero here: the base stays in eval mode.
         sliding_window: tokens a query sees back, itself included; None sees all.
-        row_segments: where the row's examples lie.
+        row_blocks: gives the row's blocks for a sliding window; see `cut`.
         **kwargs: what transformers passes along.
 
     Returns:
         Shape (1, length, heads, size), and None for the weights.
     """
-    if row_segments is None:
+    if row_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise TypeError("softcapped scores and attention sinks cannot be computed block by block")
@@ -59,8 +60,87 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # one precision for the products of both passes: the backward one knows no autocast
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     with torch.autocast(device, enabled=False):
-        output = _RowAttention.apply(query[0], key[0], value[0], scaling, sliding_window, row_segments)
-    return output.transpose(0, 1)[None], None
+        by_place = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output = _RowAttention.apply(*by_place, scaling, row_blocks(sliding_window))
+    return output[None], None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks of a row that are computed together, padded to the longest of them. Padding points to place 0."""
+
+    blocks: int
+    queries: Tensor  # (blocks * longest,) places in the row
+    keys: Tensor  # (blocks * longest,) places in the row
+    padded_queries: Tensor  # which of the queries are padding
+    hidden_mask: Tensor  # (blocks, 1, 1, queries, keys) True where a query may not see a key
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A row cut into blocks, and the way back: where each place's results lie among those of all groups, one after the other.
+
+    A block is a prompt with its first completion, or a further completion after that prompt.
+    """
+
+    groups: tuple[Group, ...]
+    query_of: Tensor  # (length,)
+    key_of: Tensor  # (length, times) a prompt's place is a key in each of its completions' blocks; padding points past the end
+
+
+def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
+    """Cut a row into blocks and group those of like size, so that few products are made and little is padded."""
+    blocks: list[tuple[list[int], list[int]]] = []  # the places of queries and of keys
+    for segment in segments:
+        prompt = [*range(segment.prompt.start, segment.prompt.stop)]
+        own = [[*range(completion.start, completion.stop)] for completion in segment.completions]
+        blocks += [(prompt + own[0], prompt + own[0]), *((places, prompt + places) for places in own[1:])]
+    length = sum(len(queries) for queries, _ in blocks)
+    groups, query_of, key_of = [], [0] * length, [list[int]() for _ in range(length)]
+    queries_before = keys_before = 0
+    for members in _alike([(len(queries), len(keys)) for queries, keys in blocks]):
+        some = [blocks[i] for i in members]
+        widest, longest = max(len(queries) for queries, _ in some), max(len(keys) for _, keys in some)
+        for number, (queries, keys) in enumerate(some):
+            for i, place in enumerate(queries):
+                query_of[place] = queries_before + number * widest + i
+            for i, place in enumerate(keys):
+                key_of[place].append(keys_before + number * longest + i)
+        groups.append(_group(some, widest, longest, window, device))
+        queries_before, keys_before = queries_before + len(some) * widest, keys_before + len(some) * longest
+    times = max(map(len, key_of))
+    padded = [places + [keys_before] * (times - len(places)) for places in key_of]
+    return Blocks(tuple(groups), torch.tensor(query_of, device=device), torch.tensor(padded, device=device))
+
+
+def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """Blocks by (queries, keys), the largest first, in groups whose padded scores are at most half as many again."""
+    groups: list[list[int]] = []
+    real, widest, longest = 0, 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
+        queries, keys = sizes[i]
+        padded = (len(groups[-1]) + 1) * max(widest, queries) * max(longest, keys) if groups else 0
+        if not groups or padded > 1.5 * (real + queries * keys) + SMALL:
+            groups.append([])
+            real, widest, longest = 0, 0, 0
+        groups[-1].append(i)
+        real, widest, longest = real + queries * keys, max(widest, queries), max(longest, keys)
+    return groups
+
+
+def _group(blocks: list[tuple[list[int], list[int]]], widest: int, longest: int, window: int | None, device: torch.device) -> Group:
+    query_counts, key_counts = (torch.tensor([len(places) for places in side])[:, None, None] for side in zip(*blocks, strict=True))
+    query, key = torch.arange(widest)[None, :, None], torch.arange(longest)[None, None, :]
+    behind = query + (key_counts - query_counts) - key  # a block's queries are its last keys
+    hidden = (behind < 0) | (key >= key_counts)
+    if window is not None:
+        hidden |= behind >= window
+    padding = (query >= query_counts)[..., 0]
+    hidden[padding] = key[0] > 0  # padding must see something; nothing reads what comes of it
+    queries = [[*places, *[0] * (widest - len(places))] for places, _ in blocks]
+    keys = [[*places, *[0] * (longest - len(places))] for _, places in blocks]
+    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hidden[:, None, None])
+    return Group(len(blocks), *(tensor.to(device) for tensor in tensors))
 
 
 class _RowAttention(torch.autograd.Function):
@@ -68,86 +148,75 @@ class _RowAttention(torch.autograd.Function):
 
     Blocks are short, so plain batched products and one fused softmax beat the processor's flash kernel (Dao et al. 2022,
     arXiv 2205.14135) on them. Queries that share a key head are laid side by side, so keys and values are never repeated.
+    Queries, keys and values are (length, heads, size).
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, segments: tuple[Segment, ...]):
-        heads, length, size = query.shape
-        grouped = query.reshape(len(key), heads // len(key), length, size)
-        output = torch.empty_like(grouped)
-        for at, places in _blocks(segments):
-            weights = _weights(_flat(grouped, at), _take(key, places), scaling, at, window)
-            output[:, :, at] = torch.bmm(weights, _take(value, places)).view(output[:, :, at].shape)
-        ctx.save_for_backward(grouped, key, value)
-        ctx.rest = (scaling, window, segments)
-        return output.view(heads, length, size)
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: Blocks):
+        heads, key_heads = query.shape[1], key.shape[1]
+        parts = []
+        for group in blocks.groups:
+            q = _taken(query, group.queries, group.blocks, key_heads)
+            k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
+            parts.append(_laid_flat(torch.bmm(_weights(q, k, scaling, group), v), group.blocks, heads))
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = (scaling, blocks)
+        return _joined(parts).index_select(0, blocks.query_of)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grouped, key, value = ctx.saved_tensors
-        scaling, window, segments = ctx.rest
-        grad = grad.reshape(grouped.shape)
-        d_query, d_key, d_value = torch.empty_like(grouped), torch.zeros_like(key), torch.zeros_like(value)
-        for at, places in _blocks(segments):
-            q, k, v, g = _flat(grouped, at), _take(key, places), _take(value, places), _flat(grad, at)
-            weights = _weights(q, k, scaling, at, window)
-            _add(d_value, places, torch.bmm(weights.transpose(1, 2), g))
+        query, key, value = ctx.saved_tensors
+        scaling, blocks = ctx.rest
+        heads, key_heads = query.shape[1], key.shape[1]
+        d_query, d_key, d_value = list[Tensor](), list[Tensor](), list[Tensor]()
+        for group in blocks.groups:
+            q = _taken(query, group.queries, group.blocks, key_heads)
+            g = _taken(grad, group.queries, group.blocks, key_heads, group.padded_queries)
+            k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
+            weights = _weights(q, k, scaling, group)
+            d_value.append(_laid_flat(torch.bmm(weights.transpose(1, 2), g), group.blocks, key_heads))
             d_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
-            d_query[:, :, at] = torch.bmm(d_scores, k).view(d_query[:, :, at].shape)
-            _add(d_key, places, torch.bmm(d_scores.transpose(1, 2), q))
-        return d_query.mul_(scaling).view(-1, *d_query.shape[2:]), d_key.mul_(scaling), d_value, None, None, None
+            d_query.append(_laid_flat(torch.bmm(d_scores, k), group.blocks, heads))
+            d_key.append(_laid_flat(torch.bmm(d_scores.transpose(1, 2), q), group.blocks, key_heads))
+        by_query = _joined(d_query).index_select(0, blocks.query_of)
+        return by_query.mul_(scaling), _summed(d_key, blocks.key_of).mul_(scaling), _summed(d_value, blocks.key_of), None, None
 
 
-def _blocks(segments: tuple[Segment, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-    """(queries, keys) of each block: a prompt with its first completion, then every other completion after the prompt."""
-    for segment in segments:
-        first = slice(segment.prompt.start, segment.completions[0].stop)
-        yield first, (first,)
-        for completion in segment.completions[1:]:
-            yield completion, (segment.prompt, completion)
+def _taken(tensor: Tensor, places: Tensor, blocks: int, key_heads: int, zero: Tensor | None = None) -> Tensor:
+    """Places of a row, block by block. (length, heads, size) to (blocks * key heads, heads / key heads * places, size)."""
+    taken = tensor.index_select(0, places)
+    if zero is not None:
+        taken.index_fill_(0, zero, 0)
+    heads, size = tensor.shape[1:]
+    by_head = taken.view(blocks, -1, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
+    return by_head.reshape(blocks * key_heads, -1, size)
 
 
-def _flat(grouped: Tensor, at: slice) -> Tensor:
-    """(key heads, group, length, size) to (key heads, group * block, size)."""
-    part = grouped[:, :, at]
-    return part.reshape(len(part), -1, part.shape[-1])
+def _laid_flat(tensor: Tensor, blocks: int, heads: int) -> Tensor:
+    """The way back of `_taken`: to (blocks * places, heads, size)."""
+    key_heads = len(tensor) // blocks
+    by_head = tensor.view(blocks, key_heads, heads // key_heads, -1, tensor.shape[-1])
+    return by_head.permute(0, 3, 1, 2, 4).reshape(-1, heads, tensor.shape[-1])
 
 
-def _take(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:
-    parts = [tensor[:, place] for place in places]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add(tensor: Tensor, places: tuple[slice, ...], grad: Tensor) -> None:
-    start = 0
-    for place in places:
-        size = place.stop - place.start
-        tensor[:, place] += grad[:, start : start + size]
-        start += size
+def _summed(parts: list[Tensor], places: Tensor) -> Tensor:
+    """Sum over the blocks that a key is in. (keys of all groups, heads, size) to (length, heads, size)."""
+    if places.shape[1] == 1:
+        return _joined(parts).index_select(0, places[:, 0])
+    nothing = parts[0].new_zeros(1, *parts[0].shape[1:])
+    return torch.cat([*parts, nothing]).index_select(0, places.flatten()).view(*places.shape, *nothing.shape[1:]).sum(1)
 
 
-def _weights(query: Tensor, key: Tensor, scaling: float, at: slice, window: int | None) -> Tensor:
-    """Attention weights of a block, 0 where a query may not see. Shape (key heads, group * block, keys), in the query's type."""
+def _weights(query: Tensor, key: Tensor, scaling: float, group: Group) -> Tensor:
+    """Attention weights of a group, 0 where a query may not see. Shape (blocks * key heads, group * queries, keys)."""
     scores = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
-    queries, keys = at.stop - at.start, key.shape[1]
-    by_query = scores.view(len(scores), -1, queries, keys)
-    if window is None or window >= keys:  # every query sees the whole prompt: only the block itself has a future
-        by_query[..., keys - queries :] += _mask(queries, None, query.dtype, query.device)[:queries, :queries]
-    else:
-        by_query += _mask(keys, window, query.dtype, query.device)[keys - queries : keys, :keys]
+    queries, keys = group.hidden_mask.shape[-2:]
+    scores.view(group.blocks, len(scores) // group.blocks, -1, queries, keys).masked_fill_(group.hidden_mask, float("-inf"))
     return torch.softmax(scores, dim=-1)
-
-
-def _mask(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where a token sees another, -inf for the future and for what is further back than the window. At least (size, size)."""
-    return _whole_mask(-(-size // 256) * 256, window, dtype, device)
-
-
-@lru_cache(maxsize=8)
-def _whole_mask(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    behind = torch.arange(size, device=device)[:, None] - torch.arange(size, device=device)[None]
-    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
-    return torch.zeros(size, size, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 AttentionInterface.register(NAME, packed_attention)

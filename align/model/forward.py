@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from align.model.attention import cut
 from align.model.packing import Row
 
 if TYPE_CHECKING:
     from align.model.trunk import Role, Trunk
 
-CHUNK = 128  # predicted tokens whose logits are in memory at one time
+CHUNK = 64  # predicted tokens whose logits are in memory at one time: few enough to stay in the processor's caches
 
 
 class PolicyOutputs(NamedTuple):
@@ -58,7 +60,7 @@ def hidden_states(trunk: Trunk, row: Row) -> Tensor:
         position_ids=row.positions[None],
         attention_mask=taken_as_given,
         use_cache=False,
-        row_segments=row.segments,
+        row_blocks=cache(lambda window: cut(row.segments, window, row.ids.device)),
     ).last_hidden_state[0]
 
 
@@ -125,15 +127,15 @@ class _FrozenHead(torch.autograd.Function):
                 logits = softcap * torch.tanh(logits / softcap)
                 slope = 1 - (logits / softcap) ** 2
             logits = logits.div_(temperature) if temperature != 1 else logits
-            logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
-            logprobs[part] = logits.gather(1, at)[:, 0]
+            every = torch.log_softmax(logits, dim=-1)
+            logprobs[part] = every.gather(1, at)[:, 0]
             if jacobian is None:
-                entropy[part] = -torch.linalg.vecdot(logits, logits.exp())
+                entropy[part] = -torch.linalg.vecdot(every, every.exp())
                 continue
-            difference = logits.exp_().neg_()
-            difference.scatter_add_(1, at, torch.ones_like(at, dtype=difference.dtype))
+            difference = every.exp_()  # softmax - onehot
+            difference.scatter_add_(1, at, -torch.ones_like(at, dtype=difference.dtype))
             difference = difference.mul_(slope) if softcap else difference
-            jacobian[part] = difference.to(weight.dtype) @ weight / temperature
+            jacobian[part] = difference.to(weight.dtype) @ weight / -temperature
         ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn import Parameter
@@ -224,3 +224,23 @@ class Sampler:
         finally:
             for module in training:
                 module.training = True
+
+
+T = TypeVar("T")
+
+
+def each_policy(
+    base: Base, policies: Sequence[Artifact | None], dtype: str | None, use: Callable[[int, Artifact | None, Trunk, Chat], T]
+) -> list[T]:
+    """Call `use` with each policy's number and the trunk it stands on; weights that neighbours share are loaded once.
+
+    One trunk is held at a time, so `use` must keep none.
+    """
+    results: list[T] = []
+    opened: tuple[Trunk, Chat] | None = None
+    for number, policy in enumerate(policies):
+        if number and root_identity(base, policy) != root_identity(base, policies[number - 1]):
+            opened = None  # let the former weights go before the next are loaded
+        opened = opened or open_trunk(base, policy, dtype)
+        results.append(use(number, policy, *opened))
+    return results

@@ -1,8 +1,9 @@
-"""Running peft's LoRA layers in the base's own precision.
+"""Running peft's LoRA layers in the base's own precision, all active adapters of a layer at once.
 
-peft computes an adapter in float32: it converts each layer's input and output on the way, which on a processor costs more
-than the adapter's products. Here the float32 weights are rounded to the base's type at use, as autocast would, and the
-adapter's output is added by the same product that makes it. In a float32 base nothing is rounded.
+peft computes adapters one by one and in float32: it converts each layer's input and output on the way, which on a processor
+costs more than the adapters' products. Here their matrices are laid side by side, so that a layer with any number of adapters
+takes two narrow products more than the base, added by the product that makes them. The float32 weights are rounded to the
+base's type at use, as autocast would; in a float32 base nothing is rounded.
 """
 
 from __future__ import annotations
@@ -30,12 +31,55 @@ def run_in_base_precision(layer: LoraLayer) -> None:
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     """W x + sum over active adapters of scaling * B A dropout(x). Shape (..., in) to (..., out)."""
     base = layer.get_base_layer()
+    names = [] if layer._disable_adapters else [name for name in layer._active_adapter if name in layer.lora_A]
+    if any(layer.lora_dropout[name].training and isinstance(layer.lora_dropout[name], nn.Dropout) for name in names):
+        return _with_dropout(layer, names, x)
+    if not names:
+        return linear(x, base.weight, base.bias)
+    matrices = [adapters[name].weight for adapters in (layer.lora_A, layer.lora_B) for name in names]
+    return _Adapted.apply(x, base.weight, base.bias, [layer.scaling[name] for name in names], *matrices)
+
+
+def _with_dropout(layer: LoraLayer, names: list[str], x: Tensor) -> Tensor:
+    """The same sum, one adapter after the other: each drops other inputs."""
+    base = layer.get_base_layer()
     output = linear(x, base.weight, base.bias)
-    if layer._disable_adapters:
-        return output
-    shape, output = output.shape, output.flatten(0, -2)
-    for name in layer._active_adapter:
-        if name in layer.lora_A:
-            narrow = linear(layer.lora_dropout[name](x), layer.lora_A[name].weight.to(output.dtype)).flatten(0, -2)
-            output = torch.addmm(output, narrow * layer.scaling[name], layer.lora_B[name].weight.to(output.dtype).T)
-    return output.view(shape)
+    for name in names:
+        narrow = linear(layer.lora_dropout[name](x), layer.lora_A[name].weight.to(output.dtype))
+        output = output + linear(narrow * layer.scaling[name], layer.lora_B[name].weight.to(output.dtype))
+    return output
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + bias + the sum of s B A x over some adapters, with A (rank, in) and B (out, rank).
+
+    Each result is made in place by the product that adds to it, and gradients only of what is trained. Forward, the adapters
+    come one by one: a fresh one, whose B is 0, must change nothing to the bit. Backward, their matrices lie side by side.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: list[float], *matrices: Tensor):
+        a = [part.to(weight.dtype) for part in matrices[: len(scaling)]]
+        b = [(part * scale).to(weight.dtype) for part, scale in zip(matrices[len(scaling) :], scaling, strict=True)]
+        rows = x.reshape(-1, x.shape[-1])
+        output = linear(rows, weight, bias)
+        narrow = [rows @ part.T for part in a]
+        for part, wide in zip(narrow, b, strict=True):
+            output.addmm_(part, wide.T)
+        ctx.save_for_backward(rows, weight, torch.cat(a), torch.cat(b, dim=1), *narrow)
+        ctx.scaling = scaling
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight, a, b, *narrow = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        d_narrow = flat @ b
+        d_x = (flat @ weight).addmm_(d_narrow, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        trained_a, trained_b = ctx.needs_input_grad[4 : 4 + len(narrow)], ctx.needs_input_grad[4 + len(narrow) :]
+        parts = d_narrow.split([part.shape[1] for part in narrow], dim=1)
+        d_a = [(part.T @ rows).float() if wanted else None for part, wanted in zip(parts, trained_a, strict=True)]
+        d_b = [
+            (flat.T @ part).float() * scale if wanted else None for part, scale, wanted in zip(narrow, ctx.scaling, trained_b, strict=True)
+        ]
+        return d_x, None, None, None, *d_a, *d_b

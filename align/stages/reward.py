@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from align.confidence import wilson_interval
 from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
@@ -119,11 +119,3 @@ def baselines(data: Examples, heldout: dict[str, float]) -> dict[str, float | li
         "heldout_accuracy_interval": wilson_interval(accuracy * len(decided), len(decided)),
         "longer_is_better_accuracy": right / len(decided),
     }
-
-
-def wilson_interval(successes: float, trials: int, z: float = 1.96) -> list[float]:
-    """95 percent interval of a proportion (Wilson 1927, eq. 4)."""
-    share = successes / trials
-    centre = share + z**2 / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return [(centre - spread) / (1 + z**2 / trials), (centre + spread) / (1 + z**2 / trials)]

@@ -225,7 +225,7 @@ def test_right_rows_go_the_quick_way_also_beside_wrong_ones(name):
 )
 def test_what_arrow_reads_and_json_does_not_never_goes_the_quick_way(lines):
     good = line({"prompt": "q", "completion": "a"})
-    assert assert_same([good, *lines, good], "conversation") == 0
+    assert assert_same([good, *lines, good, b""], "conversation") == 0  # a line that no newline ends is a block of its own
 
 
 def test_every_space_there_is_counts_the_same_both_ways():
