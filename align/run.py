@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -132,8 +133,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     data = planned.data | made_data(stage.name, parents)
     begun = time.monotonic()
-    gc.collect()  # the weights of the stage before
-    _reset_peak_memory()
+    _give_back_memory()
     with _tracker(recipe, planned) as tracker:
         job = Job(stage.name, stage.settings, planned.base, parents, data, planned.work, recipe.dtype, tracker)
         with full_disk_explained(planned.final):
@@ -240,8 +240,11 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
 
 
-def _reset_peak_memory() -> None:
-    """Begin a new count of the peak, where the system allows it (Linux)."""
+def _give_back_memory() -> None:
+    """Let the weights of the stage before go, back to the system too, and begin a new count of the peak (Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -59,7 +59,9 @@ def run(job: Job) -> Result:
         if not rows:
             rows = prompt_ids(job.name, job.data["prompts"], chat, settings.max_bad_rows, folder=job.work)[: settings.max_prompts]
         answer = _answer(name, policy, trunk, chat, [ids for _, ids in rows], settings, job.base.identity)
-        if root == root_identity(job.base, policies[0]):
+        if number == 0:
+            answer.kl = [[0.0] * len(of_prompt) for of_prompt in answer.completions]
+        elif root == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
         if root == root_identity(job.base, reward):
             answer.scores = _scores(trunk, load_role(trunk, reward), answer, settings)
