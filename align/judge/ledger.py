@@ -161,7 +161,8 @@ class Ledger:
 def _columns(reply: Reply) -> tuple:
     logprobs = None if reply.logprobs is None else json.dumps(reply.logprobs)
     tokens = (reply.prompt_tokens, reply.completion_tokens)
-    return (reply.said, reply.raw, reply.log_odds, logprobs, reply.score, *tokens, reply.seconds, reply.price)
+    raw = reply.raw.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, as broken servers send, is no text
+    return (reply.said, raw, reply.log_odds, logprobs, reply.score, *tokens, reply.seconds, reply.price)
 
 
 def _reply(row: tuple) -> Reply:

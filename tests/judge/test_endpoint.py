@@ -45,6 +45,14 @@ def quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def ctrl_c():
+    """As at a terminal: a shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def judge_at(server, template=PAIR, model=MODEL, **settings):
     settings = {"retries": 2, "timeout": 10.0, "concurrency": 1, **settings}
     return EndpointJudge(server.url, model, PromptTemplate.parse(template, "test.txt"), JudgeSettings(**settings))
@@ -576,7 +584,7 @@ def test_what_on_reply_raises_comes_out_as_it_is():
         assert len(server.requests) == asked <= 8
 
 
-def test_an_interrupt_cancels_what_is_under_way():
+def test_an_interrupt_cancels_what_is_under_way(ctrl_c):
     threads, told = threading.active_count(), {}
     with FaultyServer([made.ok()] * 3, afterwards=made.slow(30)) as server:
         judge, begun = judge_at(server, concurrency=2, timeout=60.0), time.monotonic()
@@ -622,7 +630,7 @@ def test_it_works_where_a_loop_is_running_already():
     assert [reply.said for reply in replies] == truth(questions)
 
 
-def test_errors_and_interrupts_come_out_of_a_running_loop_too():
+def test_errors_and_interrupts_come_out_of_a_running_loop_too(ctrl_c):
     async def notebook(judge):
         judge.ask(make_questions(4), lambda place, reply: None)
 
@@ -631,13 +639,10 @@ def test_errors_and_interrupts_come_out_of_a_running_loop_too():
 
     with FaultyServer(afterwards=made.slow(30)) as server:
         begun = time.monotonic()
-        old = signal.signal(signal.SIGINT, lambda *_: signal.default_int_handler(*_))  # as in a notebook, not asyncio's
-        try:
-            threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
-            with pytest.raises(KeyboardInterrupt):
-                asyncio.run(notebook(judge_at(server, timeout=60.0)))
-        finally:
-            signal.signal(signal.SIGINT, old)
+        signal.signal(signal.SIGINT, lambda *_: signal.default_int_handler(*_))  # as in a notebook: asyncio leaves it alone
+        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(notebook(judge_at(server, timeout=60.0)))
         assert time.monotonic() - begun < 5
 
 
@@ -650,8 +655,10 @@ def test_the_names_are_what_a_ledger_keeps():
 # Through the ledger
 
 JUDGE = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import faulty_server
 from test_endpoint import KEY, PAIR, make_pairs
 from align.errors import AlignError
@@ -756,7 +763,7 @@ def test_scores_become_verdicts_through_the_ledger(tmp_path):
     assert len(server.requests) == 8
 
 
-def test_an_interrupt_keeps_what_was_answered(tmp_path):
+def test_an_interrupt_keeps_what_was_answered(tmp_path, ctrl_c):
     with FaultyServer([made.ok()] * 10, afterwards=made.slow(30)) as server:
         running = judge_in_a_process(server, tmp_path / "ledger.sqlite")
         deadline = time.monotonic() + 60

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from align.model.attention import _alike, _RowAttention, cut
+from align.model.packing import Example, make_row
+
+ROWS = {
+    "one": [(3, [4])],
+    "pairs": [(5, [2, 7]), (1, [1, 1]), (9, [12, 3])],
+    "group": [(6, [3, 9, 1, 4]), (2, [5])],
+    "very unequal": [(2, [1]), (60, [90]), (3, [2, 80])],
+}
+
+
+def row_of(sizes):
+    return make_row([Example(i, (7,) * prompt, tuple((8,) * c for c in completions)) for i, (prompt, completions) in enumerate(sizes)])
+
+
+def dense(query, key, value, scaling, row, window):
+    """The definition: each token of a completion sees its prompt and its own past, within the window; one softmax over all of it."""
+    length, heads = len(row.ids), query.shape[1]
+    sees = torch.zeros(length, length, dtype=torch.bool)
+    for segment in row.segments:
+        for completion in segment.completions:
+            places = [*range(segment.prompt.start, segment.prompt.stop), *range(completion.start, completion.stop)]
+            for i, at in enumerate(places):
+                for j in range(i + 1):
+                    sees[at, places[j]] = window is None or i - j < window
+    key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), value)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, window):
+    row = row_of(ROWS[name])
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(len(row.ids), heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (6, 2, 2)]
+    blocks = cut(row.segments, window, torch.device("cpu"))
+    ours, wanted = _RowAttention.apply(*inputs, 0.3, blocks), dense(*inputs, 0.3, row, window)
+    torch.testing.assert_close(ours, wanted)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    for mine, theirs in zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, wanted)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_every_place_is_a_query_once_and_a_prompt_a_key_of_each_completion():
+    row = row_of(ROWS["group"])
+    blocks = cut(row.segments, None, torch.device("cpu"))
+    queries = torch.cat([group.queries for group in blocks.groups])
+    assert queries[blocks.query_of].tolist() == list(range(len(row.ids)))
+    keys = torch.cat([*(group.keys for group in blocks.groups), torch.tensor([-1])])
+    seen = [[place for place in keys[places].tolist() if place >= 0] for places in blocks.key_of]
+    assert seen == [[place] * (4 if place < 6 else 1) for place in range(len(row.ids))]
+
+
+def test_blocks_of_like_size_are_one_product_and_unlike_ones_are_not_padded():
+    assert len(_alike([(80, 80)] * 8)) == 1
+    assert len(_alike([(80, 80), (70, 75), (60, 90), (75, 80)])) == 1
+    sizes = [(1000, 1000), (30, 30), (25, 28), (900, 950)]
+    groups = _alike(sizes)
+    assert sorted(sorted(group) for group in groups) == [[0, 3], [1, 2]]
+    for group in groups:
+        padded = len(group) * max(sizes[i][0] for i in group) * max(sizes[i][1] for i in group)
+        assert padded <= 1.5 * sum(sizes[i][0] * sizes[i][1] for i in group) + 4096
