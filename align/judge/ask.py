@@ -13,7 +13,6 @@ from align.confidence import wilson_interval
 from align.errors import AlignError
 from align.judge.judgement import Judge, Judgement, Pair, Question, Reply, Said, combine, together
 from align.judge.ledger import Key, Ledger, key_of
-from align.progress import printable
 from align.prompts import read_principles
 from align.settings import JudgeSettings
 
@@ -120,7 +119,7 @@ class _Asking:
         unread = [reply.raw for reply in self.replies.values() if reply.said == "unparsed"]
         allowed = self.settings.max_unparsed
         if unread and wilson_interval(len(unread), len(self.replies), z)[0] > allowed:
-            first = printable(" ".join(unread[0].split()))
+            first = " ".join(unread[0].split())
             raise AlignError(
                 f"judge {self.judge.name}: the reply was unreadable for {len(unread)} of {len(self.replies)} questions "
                 f"({len(unread) / len(self.replies):.0%}; at most {allowed:.0%} allowed). First: {first[:200]!r}\n"

@@ -125,7 +125,7 @@ def audit(
 
 
 def _name(judge: Judge) -> str:
-    return f"{judge.name} ({judge.model})" if judge.model else judge.name
+    return f"{judge.name} ({judge.model[:16]})" if judge.model else judge.name
 
 
 def _judged(known: Known, judgement: Judgement) -> Judged:

@@ -88,10 +88,11 @@ def decode(
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    decoder = model.get_decoder()
+    output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(completions_per_prompt)
-    logits = output.logits[:, -1].repeat_interleave(completions_per_prompt, 0)
+    logits = _last_logits(model, output.last_hidden_state).repeat_interleave(completions_per_prompt, 0)
     mask = mask.repeat_interleave(completions_per_prompt, 0)
     position = positions[:, -1].repeat_interleave(completions_per_prompt, 0)
     going = torch.arange(len(logits), device=model.device)
@@ -108,8 +109,20 @@ def decode(
             going, mask, position, tokens = going[keep], mask[keep], position[keep], tokens[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
-        output = model(tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]
+        output = decoder(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
+        )
+        logits = _last_logits(model, output.last_hidden_state)
+
+
+def _last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of what follows each sequence. Shape (sequences, length, hidden) to (sequences, vocab).
+
+    Not the model's own `logits_to_keep`: it multiplies a strided slice, for which torch copies the output layer once a sequence.
+    """
+    logits = model.get_output_embeddings()(hidden[:, -1].contiguous())
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -276,7 +276,7 @@ class Trunk:
         """A plain model that shares every tensor with the base but the adapted layers' weights. Fill it with `merge_into`."""
         config = deepcopy(self.model.config)  # the attention is chosen in the config: the trunk keeps its own
         with torch.device("meta"):
-            copy = AutoModelForCausalLM.from_config(config, attn_implementation=self.own_attention)
+            copy = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME if self.packs else self.own_attention)
         tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
         own = {_plain_name(name): tensor for name, tensor in tensors if "lora_" not in name}
         adapted = {_plain_name(n) for n, m in self.model.named_modules() if isinstance(m, LoraLayer)}

@@ -81,6 +81,7 @@ def test_nothing_goes_while_another_process_uses_the_cache(folder, monkeypatch):
         cache_for("data")
         assert left(folder) == EVERYTHING
         other.kill()
+    cache._held.close()
     monkeypatch.setattr(cache, "_held", None)
     cache_for("data")
     assert left(folder) == []

@@ -59,7 +59,7 @@ def test_a_judge_is_measured_told_and_written_down(tiny_base, gold, chats, capsy
     told = json.loads(Path("out/audit.json").read_text())
     assert told["asked"] == 12 + 4 * 6
     assert told["verdict"] in printed
-    for words in ("gold.jsonl", "padded copy", "same text twice", "out/audit.html", "s of the judge's time", "price unknown"):
+    for words in ("gold.jsonl", "padded copy", "same text twice", "out/audit.html", "s of the judge's time", "price 0.00"):
         assert words in printed
     assert Path("out/audit.html").read_text().startswith("<!doctype html>")
 
