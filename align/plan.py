@@ -15,7 +15,7 @@ from align.files import shipped_file
 from align.judge.open import judge_identity
 from align.recipe import BASE, Recipe, Stage
 from align.records import Kind
-from align.settings import LabelSettings, Training
+from align.settings import LabelSettings, PPOSettings, Training
 
 MADE_FILES: dict[str, tuple[str, Kind]] = {  # kind of artifact -> (the file of rows in it, what they are)
     "preferences": ("preferences.jsonl", "preference"),
@@ -42,6 +42,7 @@ class Planned:
     reason: str = ""
     again: bool = False  # asked for by --from
     former: Artifact | None = field(default=None, repr=False)
+    rewards: list[dict[str, Any]] = field(default_factory=list)  # the parts of PPO's score: names, weights, what decides each
 
     @property
     def seconds(self) -> float | None:
@@ -127,6 +128,7 @@ def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: d
             }
         else:
             parents[role] = {"name": handle.name, "identity": plans[handle.name].identity, "path": f"../{handle.name}"}
+    rewards = _rewards(stage)
     identity = identity_of(
         {
             "format": FORMAT,
@@ -139,10 +141,11 @@ def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: d
             "data": {role: rows.identity for role, rows in data.items()},
             **_texts(stage),
             **_judges(stage),
+            **({"rewards": rewards} if rewards else {}),
         }
     )
     work = run / PARTIAL / f"{stage.name}-{identity[:12]}"
-    planned = Planned(stage, identity, base, data, parents, run / stage.name, work)
+    planned = Planned(stage, identity, base, data, parents, run / stage.name, work, rewards=rewards)
     _find_state(planned, run, dtype, again)
     return planned
 
@@ -165,6 +168,15 @@ def _judges(stage: Stage) -> dict[str, Any]:
     if not isinstance(stage.settings, LabelSettings) or not stage.settings.judges:
         return {}
     return {"judges": [judge_identity(spec) for spec in stage.settings.judges]}
+
+
+def _rewards(stage: Stage) -> list[dict[str, Any]]:
+    """What decides PPO's score, once its settings are known to fit together."""
+    if isinstance(stage.settings, PPOSettings):
+        problems = stage.settings.contradictions([reward.name for reward in stage.rewards])
+        if problems:
+            raise AlignError("\n".join(f"{stage.name}: {problem} (--set {stage.name}.SETTING=...)." for problem in problems))
+    return [reward.facts(stage.name) for reward in stage.rewards]
 
 
 def _find_state(planned: Planned, run: Path, dtype: str | None, again: bool) -> None:
@@ -196,6 +208,8 @@ def _difference(planned: Planned, dtype: str | None) -> str:
         before = facts["parents"].get(role)
         if (before and before["identity"]) != (parent and parent["identity"]):
             changes.append(f"{role} {parent['name'] if parent else 'base'}")
+    if facts.get("rewards", []) != planned.rewards:
+        changes.append("its rewards")
     if facts["base"]["identity"] != planned.base.identity:
         changes.append("the base model")
     if facts.get("dtype") != dtype:

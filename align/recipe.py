@@ -14,6 +14,7 @@ from align.data.sources import Source, as_sources
 from align.errors import AlignError
 from align.overrides import build, parse_override, replace_in
 from align.records import Kind
+from align.rewards import Reward, as_rewards
 from align.settings import (
     DPOSettings,
     EvaluateSettings,
@@ -88,6 +89,7 @@ class Stage:
     settings: Settings
     inputs: dict[str, Handle]
     data: dict[str, tuple[tuple[Source, ...], Kind]]  # input -> (where its rows are, what they must become)
+    rewards: tuple[Reward, ...] = ()  # the parts of PPO's score
 
 
 class Recipe:
@@ -153,15 +155,28 @@ class Recipe:
     def ppo(
         self,
         *,
-        reward_model: RewardModel,
         prompts: Rows,
+        reward_model: RewardModel | None = None,
+        reward: Any = None,
         policy: Policy = BASE,
         name: str = "ppo",
         **settings: Any,
     ) -> Policy:
-        """PPO of a policy against a reward model that stands on the same policy, with a KL penalty to where it starts."""
-        inputs = {"policy": (policy, Policy), "reward_model": (reward_model, RewardModel)}
-        return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
+        """PPO of a policy against a reward model or other rewards, with a KL penalty to where it starts.
+
+        Args:
+            prompts: what it answers.
+            reward_model: from recipe.reward, on the same base as the policy.
+            reward: a function (prompt, completion, row) -> number, the folder or hub id of a sequence classifier, a reward model,
+                or a list or dict of these, each alone or as a pair with its weight; see `align.rewards`.
+            policy: what it starts from, and the reference.
+            name: of the stage.
+            **settings: see `--help`.
+        """
+        rewards = as_rewards(reward_model, reward, name)
+        inputs: dict[str, tuple[Any, type[Handle]]] = {"policy": (policy, Policy)}
+        inputs |= {part.role: (part.source, RewardModel) for part in rewards if "reward_model" in (part.kind, part.role)}
+        return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings, rewards)
 
     def sample(self, *, policy: Policy | Sequence[Policy], prompts: Rows, name: str = "sample", **settings: Any) -> Completions:
         """Several completions of each prompt, by one policy or by each of several."""
@@ -233,6 +248,7 @@ class Recipe:
         inputs: Mapping[str, tuple[Any, type[Handle]]],
         data: Mapping[str, tuple[Any, Kind]],
         settings: dict[str, Any],
+        rewards: tuple[Reward, ...] = (),
     ) -> Any:
         if name in self.stages or name in RESERVED or not name.replace("_", "").replace("-", "").isalnum():
             taken = "is taken" if name in self.stages or name in RESERVED else "may hold letters, digits, '-' and '_' only"
@@ -262,7 +278,7 @@ class Recipe:
                 raise AlignError(f"{name}: columns= maps the columns of a file, but this stage is given no file.")
             mapped = tuple(replace(source, columns=source.columns or columns) for source in sources[first][0])
             sources[first] = (as_sources(mapped, f"{name}.{first}"), sources[first][1])
-        self.stages[name] = Stage(name, kind, makes, checked, handles, sources)
+        self.stages[name] = Stage(name, kind, makes, checked, handles, sources, rewards)
         return makes(name, recipe=self)
 
     # Overrides --------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from align.errors import AlignError
 from align.plan import CHECKPOINT, MADE_FILES, Planned, make_plan, shared_prompts
 from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
+from align.rewards import Reward
 from align.settings import EvaluateSettings, PPOSettings, SampleSettings, Settings, Training
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -46,6 +47,7 @@ class Job:
     work: Path
     dtype: str | None = None
     tracker: Any = None
+    rewards: tuple[Reward, ...] = ()  # the parts of PPO's score
 
     def meter(self, *shown: str, unit: str = "tokens") -> Meter:
         """A progress report that shows these metrics."""
@@ -135,7 +137,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     begun = time.monotonic()
     _give_back_memory()
     with _tracker(recipe, planned) as tracker:
-        job = Job(stage.name, stage.settings, planned.base, parents, data, planned.work, recipe.dtype, tracker)
+        job = Job(stage.name, stage.settings, planned.base, parents, data, planned.work, recipe.dtype, tracker, stage.rewards)
         with full_disk_explained(planned.final):
             result: Result = importlib.import_module(f"align.stages.{stage.kind}").run(job)
     (planned.work / CHECKPOINT).unlink(missing_ok=True)
@@ -182,6 +184,7 @@ def describe(planned: Planned, dtype: str | None, data: dict[str, Data], result:
         "dtype": dtype,
         "data": {role: {**rows.facts, **result.data.get(role, {})} for role, rows in data.items()},
         "model": result.model,
+        **({"rewards": planned.rewards} if planned.rewards else {}),
         "metrics": result.metrics,
         "checks": result.checks,
         "seconds": round(seconds, 2),

@@ -5,6 +5,7 @@ Units are in the text. `example` means one conversation (SFT), one pair (reward,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -134,6 +135,7 @@ class PPOSettings(Optimiser):
 
     lora: Lora = Field(Lora(), description="Adapter settings. PPO always trains an adapter, so that every role shares one base.")  # type: ignore[assignment]
 
+    # The rounds
     learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
     value_learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
     iterations: int = Field(12, ge=1, description="Rounds of sampling and updating.")
@@ -144,9 +146,16 @@ class PPOSettings(Optimiser):
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; every log-probability uses it too.")
     epochs: int = Field(2, ge=1, description="Passes over a round's rollouts.")
     minibatches: int = Field(3, ge=1, description="Optimizer steps in each of those passes.")
-    clip_range: float = Field(0.2, gt=0, description="How far the ratio may move from 1 before it stops earning.")
-    value_clip: float = Field(0.5, gt=0, description="How far a value may move from its rollout's in one round.")
-    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the rounds over which the learning rates rise from 0.")
+
+    # From scores to advantages
+    estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = Field(
+        "gae",
+        description="How advantages are estimated. gae: with a learned value, 1506.02438; the others load and train no value. "
+        "rloo: score less the mean of the prompt's other completions, 2402.14740; grpo: distance from the prompt's mean in standard "
+        "deviations, each completion counting alike, 2402.03300; dr_grpo: grpo without both divisions, 2503.20783; "
+        "reinforce++: the rest of the rewards, whitened over the round, 2501.03262.",
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     gae_lambda: float = Field(
         1.0,
@@ -155,21 +164,115 @@ class PPOSettings(Optimiser):
         description="Lambda of generalised advantage estimation (1506.02438). Below 1 the policy learns from the value's own errors, "
         "and a value that has just left the reward model errs in the middle of a sentence.",
     )
-    kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty to the reference in each token's reward.")
     compare_completions: bool = Field(
         True,
         description="Subtract from each score the mean score of the prompt's other completions (RLOO's baseline, 2402.14740): "
-        "no bias, and what only the prompt decides is no noise. Needs 2 or more completions of each prompt.",
+        "no bias, and what only the prompt decides is no noise. Needs 2 or more completions of each prompt. Of gae and reinforce++.",
     )
+    centre_scores: bool = Field(
+        False, description="Subtract the mean score of the first round: of the policy as it begins. Reward models are centred already."
+    )
+    scale_scores: bool = Field(False, description="Divide scores by their standard deviation over all rounds so far.")
+    clip_scores: float | None = Field(None, gt=0, description="Largest score, either way, after centring and scaling.")
     missing_eos_score: float | None = Field(
-        -1.0, description="Score of a completion that never ends its turn, in place of the reward model's; none keeps it."
+        -1.0, description="Score of a completion that never ends its turn, in place of the reward's; none keeps it."
     )
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the rounds over which the learning rates rise from 0.")
+    on_cut: Literal["score", "bootstrap", "leave_out"] = Field(
+        "score",
+        description="What a completion that never ends its turn teaches. score: its score; bootstrap: the value of where it was cut "
+        "takes the score's place; leave_out: nothing, it only counts in the metrics.",
+    )
+    length_penalty: float = Field(0.0, ge=0, description="Subtracted from the score for each token of the completion.")
+    whiten_rewards: bool = Field(False, description="Scale per-token rewards to variance 1 over the round, keeping their mean.")
+
+    # The pull to the reference
+    kl_coef: float = Field(
+        0.05,
+        ge=0,
+        description="Weight of the KL penalty to the reference: in each token's reward; for grpo and dr_grpo a term of the loss.",
+    )
+    kl_target: float | None = Field(
+        None, gt=0, description="Move kl_coef so that KL comes to this many nats per completion (1909.08593, sec. 2.2); none: fixed."
+    )
+    kl_horizon: int = Field(
+        500, ge=1, description="Completions over which kl_coef changes by a fifth where KL is a fifth or more off kl_target."
+    )
+    kl_loss_coef: float = Field(0.0, ge=0, description="Weight of a KL term in the loss: k2, whose gradient is that of KL (2510.01555).")
+
+    # The updates
+    clip_range: float = Field(0.2, gt=0, description="How far the ratio may move from 1 before it stops earning.")
+    clip_range_high: float | None = Field(None, gt=0, description="The same upwards, where it differs (2503.14476); none: clip_range.")
+    dual_clip: float | None = Field(
+        None, gt=1, description="Ratio above which tokens of negative advantage stop losing, such as 3 (1912.09729); none: never."
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy that is added to what the policy earns.")
+    value_clip: float = Field(0.5, gt=0, description="How far a value may move from its rollout's in one round.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    value_warmup: int = Field(0, ge=0, description="Rounds at the start that train the value alone.")
+    max_update_kl: float | None = Field(
+        None, gt=0, description="A round's updates end once the policy is this many nats a token from the one that sampled."
+    )
+
+    # The best round
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the prompts held out, chosen by a hash of the prompt. With it the best evaluated round is the result: "
+        "that of the highest held-out score less kl_coef times KL.",
+    )
+    max_heldout: int = Field(64, ge=1, description="Held-out prompts that evaluations use; further ones are only kept out of training.")
+    eval_every: int = Field(4, ge=1, description="Rounds between evaluations on the held-out prompts.")
+    patience: int | None = Field(None, ge=1, description="End the run after this many evaluations without a better one; none goes on.")
+    max_kl: float | None = Field(
+        None, gt=0, description="End the run once held-out KL passes this many nats per completion; such a round is not the best."
+    )
+    choose_by: str | None = Field(
+        None,
+        description="Name of the reward that decides which round is best, such as a second reward model that is given the weight 0: "
+        "it was not learned from, so it tells a better policy from one that exploits the first. None: the whole score.",
+    )
+
     merged_sampler: bool = Field(
         True, description="Sample from a copy with the adapters merged: about twice as fast, for one more copy of the weights."
     )
+    samples_every: int = Field(1, ge=1, description="Rounds between tables of samples.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     max_bad_rows: BadRows = 0.02
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value is learned."""
+        return self.estimator == "gae"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether kl_coef weighs a term of the loss rather than the rewards."""
+        return self.estimator in ("grpo", "dr_grpo")
+
+    def contradictions(self, rewards: Sequence[str]) -> list[str]:
+        """Settings that cannot go together, each with the cure. `rewards` are the names of the score's parts."""
+        of_groups = self.estimator in ("rloo", "grpo", "dr_grpo")
+        watched = [name for name in ("patience", "max_kl", "choose_by") if getattr(self, name) is not None]
+        checks = (
+            (of_groups and self.completions_per_prompt == 1, "compares completions of one prompt; set completions_per_prompt to 2 or more"),
+            (of_groups and self.whiten_rewards, "has no per-token rewards; set whiten_rewards=false"),
+            (not self.has_value and self.value_warmup > 0, "has no value to warm up; set value_warmup=0"),
+            (not self.has_value and self.on_cut == "bootstrap", "has no value to take a score's place; set on_cut=score"),
+        )
+        found = [f"estimator={self.estimator} {problem}" for there, problem in checks if there]
+        if self.value_warmup >= self.iterations:
+            found.append(f"value_warmup={self.value_warmup} leaves no round for the policy; raise iterations ({self.iterations})")
+        if self.kl_target is not None and self.kl_coef == 0:
+            found.append("kl_target multiplies kl_coef, which is 0; set kl_coef above 0")
+        completions = self.prompts_per_iteration * self.completions_per_prompt
+        if self.kl_target is not None and self.kl_horizon < completions:
+            found.append(f"kl_horizon={self.kl_horizon} is under a round's {completions} completions, so kl_coef would jump; raise it")
+        if watched and self.holdout == 0:
+            found.append(f"{' and '.join(watched)} need evaluations; set holdout, such as 0.1")
+        if self.choose_by is not None and self.choose_by not in rewards:
+            found.append(f"choose_by={self.choose_by!r} names no reward of this stage; there is {', '.join(rewards)}")
+        return found
 
 
 class EvaluateSettings(Settings):

@@ -65,7 +65,12 @@ class Converted:
         """All records, kept and refused, as an Arrow table in mapped memory, in the order of the source's rows."""
         import pyarrow as pa
 
-        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(self.folder.glob("*.arrow"))])
+        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in self.files])
+
+    @property
+    def files(self) -> list[Path]:
+        """The Arrow files."""
+        return sorted(self.folder.glob("*.arrow"))
 
     def record(self, at: int) -> dict[str, Any]:
         """A kept record by its place in the table."""
@@ -166,8 +171,11 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
         counts = [convert_part(work) for work in works]
     else:
-        import align.data.fast  # noqa: F401  once, before the processes part
+        import pyarrow as pa
 
+        import align.data.fast  # noqa: F401
+
+        pa.array([0])  # pyarrow loads pandas at its first array: here once, before the processes part, instead of in each
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), context) as pool:
             counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))

@@ -139,8 +139,10 @@ class Data:
     @cached_property
     def _first(self) -> np.ndarray:
         """True where a record was not refused and repeats no earlier one, over all sources. Shape (records of all,)."""
-        digests = np.concatenate([converted.column("digest") for converted in self.converted])
-        return first_of(digests, np.concatenate([_kept(converted) for converted in self.converted]))
+        kept = np.concatenate([_kept(converted) for converted in self.converted])
+        if len(self.converted) == 1 and DUPLICATE not in self.converted[0].report["rejected"]:
+            return kept
+        return first_of(np.concatenate([converted.column("digest") for converted in self.converted]), kept)
 
     @property
     def bad(self) -> int:

@@ -57,10 +57,11 @@ def describe(converted: Converted, formats: Sequence[Format], rows: int) -> dict
 
 def first_of(digests: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """True at the first kept record of each digest. Shape (records,)."""
-    at = np.flatnonzero(kept)
-    ordered = np.sort(digests[at])
-    if (ordered[1:] != ordered[:-1]).all():  # a tenth of the time that the places take below
+    ordered = digests[kept]
+    ordered.sort()
+    if (ordered[1:] != ordered[:-1]).all():  # a third of the time that the places take below
         return kept
+    at = np.flatnonzero(kept)
     _, firsts = np.unique(digests[at], return_index=True)
     first = np.zeros(len(digests), dtype=bool)
     first[at[firsts]] = True
@@ -69,8 +70,8 @@ def first_of(digests: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def _distinct_lines(table: Any, kept: np.ndarray) -> int:
     """Rows of the files that gave at least one record."""
-    places = (table["file"].to_numpy()[kept].astype(np.int64) << 48) + table["line"].to_numpy()[kept]
-    return int((np.diff(places, prepend=-1) != 0).sum())  # they are in order
+    file, line = table["file"].to_numpy()[kept], table["line"].to_numpy()[kept]
+    return min(len(line), 1) + int(((file[1:] != file[:-1]) | (line[1:] != line[:-1])).sum())  # they are in order
 
 
 def _places(table: Any, refused: dict[int, str]) -> dict[str, list[list]]:
@@ -100,16 +101,15 @@ def pair_facts(table: Any, kept: np.ndarray) -> dict[str, Any]:
     longer, probability = table["longer"].to_numpy()[kept], table["probability"].to_numpy()[kept]
     decided = (probability != 0.5) & (longer != 0)
     agrees = (longer > 0) == (probability > 0.5)
-    _, times = np.unique(
-        table["pair"].to_numpy()[kept][probability != 0.5], return_counts=True
-    )  # the same label twice is a duplicate, left out already
+    pair = table["pair"].to_numpy()[kept][probability != 0.5]
+    pair.sort()
     return {
         "longer_is_better": float(agrees[decided].mean()) if decided.any() else None,
         "same_length": int((longer == 0).sum()),
         "ties": int((probability == 0.5).sum()),
         "soft": int(((probability != 0.5) & (probability != 1.0)).sum()),
         "margins": int((table["margin"].to_numpy()[kept] != 0).sum()),
-        "labelled_both_ways": int((times > 1).sum()),
+        "labelled_both_ways": int((pair[1:] == pair[:-1]).sum()),  # the same label twice is a duplicate, left out already
     }
 
 

@@ -190,25 +190,18 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     rendering = {"train_on": getattr(settings, "train_on", None), "max_length": settings.max_length, "on_overlong": settings.on_overlong}
     known = [chat.template_fingerprint, chat.tokenizer_fingerprint, chat.tokenizer.special_tokens_map]  # templates write those too
     fingerprint = identity_of({"revision": REVISION, "data": data.identity, "chat": known, **rendering})[:32]
-    import pyarrow as pa
-
-    def lines(number: int, converted: Converted) -> Any:
-        source = pa.repeat(pa.scalar(number, pa.int32()), len(converted.table))
-        return converted.table.select(["record", "raw", "file"]).append_column("source", source)
-
-    tables = [lines(number, converted) for number, converted in enumerate(data.converted)]
-    sources = [datasets.Dataset(table, fingerprint=f"{fingerprint}-{number}") for number, table in enumerate(tables)]
-    starts = np.cumsum([0, *map(len, sources)])[:-1]
-    whole = sources[0] if len(sources) == 1 else datasets.concatenate_datasets(sources)
+    files = [str(path) for converted in data.converted for path in converted.files]
+    whole = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in files]).select_columns(["record", "raw", "file"])
+    starts = np.cumsum([0, *(len(converted.table) for converted in data.converted)])[:-1]
     records = whole.select(starts[data.chosen[:, 0]] + data.chosen[:, 1], new_fingerprint=fingerprint)
     processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
     with _bars_of_datasets(processes is not None and console.is_terminal):
         tokens = records.map(
-            _Renderer(chat, data.converted, data.kind, rendering),
+            _Renderer(chat, data, rendering),
             batched=True,
             batch_size=PIECE,
             with_indices=True,
-            remove_columns=["record", "raw", "file", "source"],
+            remove_columns=["record", "raw", "file"],
             features=_features(),
             num_proc=processes,
             desc="tokenising",
@@ -253,13 +246,15 @@ def _features() -> datasets.Features:
 class _Renderer:
     """Renders a batch of records; `datasets` sends it to its processes."""
 
-    def __init__(self, chat: Chat, converted: Sequence[Converted], kind: str, rendering: dict[str, Any]):
-        self.chat, self.kind, self.rendering = chat, kind, rendering
-        self.converted = [Converted(each.folder, each.report) for each in converted]  # without the tables that those have open
+    def __init__(self, chat: Chat, data: Data, rendering: dict[str, Any]):
+        self.chat, self.kind, self.rendering = chat, data.kind, rendering
+        self.converted = [Converted(each.folder, each.report) for each in data.converted]  # without the tables that those have open
+        self.ends = np.searchsorted(data.chosen[:, 0], np.arange(len(data.converted)), side="right")  # where each source's records end
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows: dict[str, list] = {name: [] for name in ("record", "prompt", "completions", "trained", "tokens", "cut", "reason", "detail")}
-        for index, source, *line in zip(indices, *(batch[name] for name in ("source", "record", "raw", "file")), strict=True):
+        sources = np.searchsorted(self.ends, indices, side="right")
+        for index, source, *line in zip(indices, sources, *(batch[name] for name in ("record", "raw", "file")), strict=True):
             record = self.converted[source].read(*line)
             for example, cut, problem in render(self.chat, self.kind, record, **self.rendering):
                 rows["record"].append(index)

@@ -72,10 +72,14 @@ class _Asking:
         self.judge, self.ledger, self.settings, self.budget = judge, ledger, settings, budget
         self.pointwise = getattr(judge, "pointwise", False)
         questions = [_alone(pair) if self.pointwise else pair.questions() for pair in pairs]
-        self.keys = [(key_of(one), key_of(other)) for one, other in questions]
+        self.keys = [self._keys(*both) for both in questions]
         self.questions = {key: q for keys, both in zip(self.keys, questions, strict=True) for key, q in zip(keys, both, strict=True)}
         found = ledger.find(judge, list(self.questions))
         self.replies: dict[Key, Reply] = {key: reply for key, reply in zip(self.questions, found, strict=True) if reply is not None}
+
+    def _keys(self, one: Question, other: Question) -> tuple[Key, Key]:
+        key = key_of(one)
+        return key, key_of(other) if self.pointwise else Key(key.prompt, key.second, key.first)
 
     def ask(self, on_progress: Callable[[int], None]) -> None:
         """Ask for what is missing, both orders of a pair in one slice, as long as the budgets last."""

@@ -1,17 +1,17 @@
 """A model on this machine as a judge: the answers' log-probabilities where its reply would begin, or a reply that it writes.
 
-Both orders of a pair, and other pairs of the same prompt, are one packed example whose prompt is the tokens they share; so what they
-share is computed once. Only the last token of each question goes through the output layer.
+What questions begin with alike is computed once: the template's first words for all of a row, the prompt for both orders of its pairs,
+a completion for all pairs that show it first. Only the last token of each question goes through the output layer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -21,10 +21,10 @@ from align.chat import Chat, Ids, UnfitMessages
 from align.errors import AlignError
 from align.judge.judgement import Question, Reply
 from align.judge.verdict import from_logprobs, read_reply
-from align.model.forward import CHUNK, forward, hidden_states
+from align.model.forward import CHUNK
 from align.model.generate import SEQUENCES
 from align.model.load import Sampler, load_role, open_trunk
-from align.model.packing import Example, Row, pack
+from align.model.tree import Tree, last_hidden_states, trees
 from align.model.trunk import Role, Trunk
 from align.prompts import PromptTemplate
 from align.records import Message
@@ -66,15 +66,14 @@ class LocalJudge:
 
     @cached_property
     def _answers(self) -> dict[str, Ids]:
-        """The tokens of each answer as a reply, with the one that ends the turn."""
-        chat = self._loaded[1]
-        opening = [Message(role="user", content="?")]
-        ids = {
-            word: chat.conversation(0, [*opening, Message(role="assistant", content=word)], last_turn_only=True).completions[0]
-            for word in self._template.answer_words
-        }
-        begins: dict[int, str] = {}
-        for word, tokens in ids.items():
+        """The tokens that tell each answer: its first of a pair, all of a score with the one that ends the turn."""
+        chat, ids, begins = self._loaded[1], dict[str, Ids](), dict[int, str]()
+        for word in self._template.answer_words:
+            turns = [Message(role="user", content="?"), Message(role="assistant", content=word)]
+            try:
+                tokens = ids[word] = chat.conversation(0, turns, last_turn_only=True).completions[0]
+            except UnfitMessages as error:
+                raise AlignError(f"{self._template.path}: the answer {word!r} can be no reply of {self.base.source!r}: {error}.") from None
             twin = begins.setdefault(tokens[0], word)
             if twin != word and self._template.kind == "pair":
                 raise AlignError(
@@ -82,7 +81,7 @@ class LocalJudge:
                     f"{chat.tokenizer.decode(tokens[:1])!r}, so their first tokens do not tell them apart. Expected ones that differ.\n"
                     "  Write single letters, such as 'first: A' and 'second: B', or 'reply: reasoning'."
                 )
-        return ids
+        return {word: tokens[:1] for word, tokens in ids.items()} if self._template.kind == "pair" else ids
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Question], on_reply: Tell) -> None:
@@ -95,10 +94,9 @@ class LocalJudge:
             for start in range(0, len(order), SEQUENCES):
                 self._write(self._tokens(questions, order[start : start + SEQUENCES], on_reply, self.settings.max_new_tokens), on_reply)
             return
-        for window in windows(questions):
-            longest = max(map(len, self._answers.values())) if self.pointwise else 0
-            asked = [self._tokens(questions, places, on_reply, longest) for places in window]
-            (self._read_scores if self.pointwise else self._read_pairs)([ids for ids in asked if ids], on_reply)
+        for places in windows(questions):
+            room = max(map(len, self._answers.values())) - 1  # nothing is read after an answer's last token
+            self._read(self._tokens(questions, places, on_reply, room), on_reply)
 
     def _tokens(self, questions: Sequence[Question], places: list[int], on_reply: Tell, room: int) -> dict[int, Ids]:
         """Token ids of the questions at these places, those that can be asked; `room` is for what comes after."""
@@ -118,35 +116,28 @@ class LocalJudge:
             asked[place] = ids
         return asked
 
-    def _read_pairs(self, groups: list[dict[int, Ids]], on_reply: Tell) -> None:
-        """Verdicts by the log-probabilities of the answers' first tokens, over the whole vocabulary in float32."""
+    def _read(self, asked: dict[int, Ids], on_reply: Tell) -> None:
+        """Verdicts and scores by the log-probabilities of the answers, over the whole vocabulary in float32."""
         trunk, chat, role = self._loaded
-        words = list(self._answers)
-        columns = torch.tensor([self._answers[word][0] for word in words], device=trunk.device)
-        examples, members = share_prefixes(groups, self.settings.row_tokens)
-        for row in pack(examples, self.settings.row_tokens):
-            begun = time.perf_counter()
-            logprobs, likeliest = _next_tokens(trunk, role, row, columns)
-            places = [place for example in row.examples for place in members[example.index]]
-            seconds = (time.perf_counter() - begun) / sum(map(len, places))
-            for same, row_logprobs, token in zip(places, logprobs.tolist(), likeliest.tolist(), strict=True):
-                reply = from_logprobs(dict(zip(words, row_logprobs, strict=True)), self._template, chat.tokenizer.decode([token]))
-                for place, length in same.items():
-                    on_reply(place, replace(reply, prompt_tokens=length, completion_tokens=0, seconds=seconds, price=0.0))
-
-    def _read_scores(self, groups: list[dict[int, Ids]], on_reply: Tell) -> None:
-        """Scores by the log-probabilities of whole answers."""
-        trunk, _, role = self._loaded
-        words, answers = list(self._answers), tuple(self._answers.values())
-        asked = {place: ids for group in groups for place, ids in group.items()}
-        for row in pack([Example(place, ids, answers) for place, ids in asked.items()], self.settings.row_tokens):
-            begun = time.perf_counter()
-            per_answer = row.to(trunk.device).sum_per_completion(forward(trunk, role, row).logprobs).view(-1, len(words)).tolist()
-            seconds = (time.perf_counter() - begun) / len(row.examples)
-            for place, logprobs in zip(row.indices, per_answer, strict=True):
-                likeliest = max(zip(logprobs, words, strict=True))[1]
-                reply = from_logprobs(dict(zip(words, logprobs, strict=True)), self._template, likeliest)
-                on_reply(place, replace(reply, prompt_tokens=len(asked[place]), completion_tokens=0, seconds=seconds, price=0.0))
+        stems = {answer[:n] for answer in self._answers.values() for n in range(len(answer))}  # what an answer's token may come after
+        columns = sorted({token for answer in self._answers.values() for token in answer})
+        places: dict[Ids, list[int]] = {}
+        for place, ids in asked.items():
+            places.setdefault(ids, []).append(place)
+        known: dict[Ids, _Next] = {}
+        for tree in trees((ids + stem for ids in places for stem in stems), self.settings.row_tokens):
+            known |= zip(tree.sequences, _next_tokens(trunk, role, tree, columns), strict=True)
+            for ids in [ids for ids in places if all(ids + stem in known for stem in stems)]:
+                after = {stem: known.pop(ids + stem) for stem in stems}
+                logprobs = {
+                    word: sum(after[answer[:n]].logprobs[token] for n, token in enumerate(answer)) for word, answer in self._answers.items()
+                }
+                reply = from_logprobs(logprobs, self._template, chat.tokenizer.decode([after[()].likeliest]))
+                if reply.score is not None:
+                    reply = replace(reply, raw=max(logprobs, key=logprobs.__getitem__))
+                seconds = sum(each.seconds for each in after.values()) / len(places[ids])
+                for place in places.pop(ids):
+                    on_reply(place, replace(reply, prompt_tokens=len(ids), completion_tokens=0, seconds=seconds, price=0.0))
 
     def _write(self, asked: dict[int, Ids], on_reply: Tell) -> None:
         """Let the judge write its replies, the likeliest token each time, and read them."""
@@ -166,87 +157,36 @@ class LocalJudge:
         return Sampler(self._loaded[0])
 
 
-def _next_tokens(trunk: Trunk, role: Role, row: Row, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of some tokens, and the likeliest of all, after each completion of a row.
+class _Next(NamedTuple):
+    """What may come after a sequence: log-probabilities by token, the likeliest of all, and the seconds it took to know."""
 
-    Returns:
-        Shapes (completion, columns), float32, and (completion,).
-    """
-    row = row.to(trunk.device)
-    found = []
+    logprobs: dict[int, float]
+    likeliest: int
+    seconds: float
+
+
+def _next_tokens(trunk: Trunk, role: Role, tree: Tree, columns: list[int]) -> list[_Next]:
+    """What comes after each sequence of a row; log-probabilities of the tokens `columns`."""
+    begun = time.perf_counter()
+    found: list[tuple[list[float], int]] = []
     with trunk.computing(role):
-        for hidden in hidden_states(trunk, row)[row.last].split(CHUNK):
+        for hidden in last_hidden_states(trunk, tree).split(CHUNK):
             logits = trunk.output_layer(hidden).float()
             logits = trunk.softcap * torch.tanh(logits / trunk.softcap) if trunk.softcap else logits
-            found.append((logits[:, columns] - logits.logsumexp(-1, keepdim=True), logits.argmax(-1)))
-    logprobs, likeliest = zip(*found, strict=True)
-    return torch.cat(logprobs), torch.cat(likeliest)
+            logprobs = logits[:, columns] - logits.logsumexp(-1, keepdim=True)
+            found += zip(logprobs.tolist(), logits.argmax(-1).tolist(), strict=True)
+    seconds = (time.perf_counter() - begun) / len(found)
+    return [_Next(dict(zip(columns, logprobs, strict=True)), likeliest, seconds) for logprobs, likeliest in found]
 
 
-def share_prefixes(groups: Sequence[dict[int, Ids]], row_tokens: int) -> tuple[list[Example], list[list[dict[int, int]]]]:
-    """Questions as examples that compute what they begin with once.
-
-    A group's questions share its prompt, and all groups the template's first words. An example has one shared beginning, so each group
-    takes the one that saves it more tokens.
-
-    Args:
-        groups: token ids by place; the questions of a group begin alike.
-        row_tokens: an example that would be larger is cut.
-
-    Returns:
-        The examples, each with its number as index, and for each completion of each example the places it answers, with their length.
-    """
-    groups = [group for group in groups if group]
-    everywhere = len(os.path.commonprefix([ids for group in groups for ids in group.values()]))
-    pooled: dict[Ids, dict[int, int]] = {}
-    alone: list[dict[Ids, dict[int, int]]] = []
-    for group in groups:
-        same: dict[Ids, dict[int, int]] = {}
-        for place, ids in group.items():
-            same.setdefault(ids, {})[place] = len(ids)
-        if len(same) * everywhere > (len(same) - 1) * len(os.path.commonprefix(list(same))):
-            pooled |= same
-        else:
-            alone.append(same)
-    examples: list[Example] = []
-    members: list[list[dict[int, int]]] = []
-    for same in [pooled, *alone]:
-        sequences = list(same)
-        shared = min(len(os.path.commonprefix(sequences)), min(map(len, sequences), default=1) - 1)  # no completion may be empty
-        for part in _parts(sequences, shared, row_tokens):
-            examples.append(Example(len(examples), part[0][:shared], tuple(ids[shared:] for ids in part)))
-            members.append([same[ids] for ids in part])
-    return examples, members
-
-
-def _parts(sequences: list[Ids], shared: int, row_tokens: int) -> Iterator[list[Ids]]:
-    """Sequences in order, as many at a time as fit a row beside what they share; one at least."""
-    part: list[Ids] = []
-    tokens = shared
-    for ids in sequences:
-        if part and tokens + len(ids) - shared > row_tokens:
-            yield part
-            part, tokens = [], shared
-        part.append(ids)
-        tokens += len(ids) - shared
-    if part:
-        yield part
-
-
-def windows(questions: Sequence[Question]) -> Iterator[list[list[int]]]:
-    """Places of questions, those of the same prompt and principle together, some hundred at a time."""
+def windows(questions: Sequence[Question]) -> Iterator[list[int]]:
+    """Places of questions, those of the same prompt and principle next to each other, some hundred at a time."""
     groups: dict[str, list[int]] = {}
     for place, question in enumerate(questions):
         groups.setdefault(json.dumps([question.prompt, question.principle], sort_keys=True), []).append(place)
-    window: list[list[int]] = []
-    for group in groups.values():
-        for start in range(0, len(group), WINDOW):
-            window.append(group[start : start + WINDOW])
-            if sum(map(len, window)) >= WINDOW:
-                yield window
-                window = []
-    if window:
-        yield window
+    places = [place for group in groups.values() for place in group]
+    for start in range(0, len(places), WINDOW):
+        yield places[start : start + WINDOW]
 
 
 def _messages(question: Question) -> list[Message]:

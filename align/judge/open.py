@@ -94,9 +94,11 @@ def _artifact_or_base(spec: str | Path) -> Artifact | Base:
         return Artifact.open(folder, verify=True)
     if folder.is_dir() and (stages := sorted(path.parent.name for path in folder.glob(f"*/{FACTS}"))):
         raise AlignError(f"judge {str(spec)!r}: is a run, not one of its stages; expected one of them, such as {folder / stages[0]}.")
+    text = str(spec)
+    if re.match(r"[\w.-]+:\d+(/|$)", text):
+        raise AlignError(f"judge {text!r}: is no url. {FORMS} Did you mean 'http://{text}'?")
     try:
-        return find_base(str(spec))
+        return find_base(text)
     except AlignError as error:
-        text = str(spec)
-        near = f"http://{text}" if re.match(r"[\w.-]+:\d+/", text) else next(iter(difflib.get_close_matches(text, [EMBEDDED])), None)
-        raise AlignError(f"judge {text!r}: {error}\n  {FORMS}{f' Did you mean {near!r}?' if near else ''}") from None
+        near = difflib.get_close_matches(text, [EMBEDDED])
+        raise AlignError(f"judge {text!r}: {error}\n  {FORMS}{f' Did you mean {near[0]!r}?' if near else ''}") from None

@@ -13,10 +13,9 @@ from align.base import Base
 from align.chat import Chat, Ids, UnfitMessages
 from align.errors import AlignError
 from align.judge.judgement import Question, Reply
-from align.judge.local import share_prefixes, windows
-from align.model.forward import forward_head
+from align.judge.local import windows
 from align.model.load import load_role, open_trunk
-from align.model.packing import pack
+from align.model.tree import last_hidden_states, trees
 from align.model.trunk import Role, Trunk
 from align.settings import JudgeSettings
 
@@ -55,18 +54,9 @@ class RewardJudge:
     @torch.no_grad()
     def ask(self, questions: Sequence[Question], on_reply: Callable[[int, Reply], None]) -> None:
         """Score what is new of each prompt's completions. A pair that the chat template has no place for is unparsed."""
-        for window in windows(questions):
-            groups: list[dict[int, Ids]] = []
-            sides: dict[int, tuple[int, int]] = {}  # the numbers of a question's two completions
-            for places in window:
-                numbers: dict[Ids, int] = {}
-                for place in places:
-                    if (both := self._tokens(place, questions[place], on_reply)) is not None:
-                        start = sum(map(len, groups))
-                        first, second = (numbers.setdefault(ids, start + len(numbers)) for ids in both)
-                        sides[place] = first, second
-                groups.append({number: ids for ids, number in numbers.items()})
-            self._score(groups, sides, on_reply)
+        for places in windows(questions):
+            asked = {place: self._tokens(place, questions[place], on_reply) for place in places}
+            self._score({place: both for place, both in asked.items() if both is not None}, on_reply)
 
     def _tokens(self, place: int, question: Question, on_reply: Callable[[int, Reply], None]) -> tuple[Ids, Ids] | None:
         """Both completions after their prompt, as they were trained on."""
@@ -83,21 +73,21 @@ class RewardJudge:
         first, second = (example.prompt + completion for completion in example.completions)
         return first, second
 
-    def _score(self, groups: list[dict[int, Ids]], sides: dict[int, tuple[int, int]], on_reply: Callable[[int, Reply], None]) -> None:
+    def _score(self, sides: dict[int, tuple[Ids, Ids]], on_reply: Callable[[int, Reply], None]) -> None:
+        """Answer each question as soon as both of its completions have a score."""
         trunk, _, role = self._loaded
-        examples, members = share_prefixes(groups, self.settings.row_tokens)
-        lengths = {number: len(ids) for group in groups for number, ids in group.items()}
-        scores: dict[int, float] = {}
-        seconds: dict[int, float] = {}
-        for row in pack(examples, self.settings.row_tokens):
+        scores: dict[Ids, float] = {}
+        seconds: dict[Ids, float] = {}
+        for tree in trees({ids for both in sides.values() for ids in both}, self.settings.row_tokens):
             begun = time.perf_counter()
-            found = forward_head(trunk, role, row).scores.tolist()
+            with trunk.computing(role):
+                found = trunk.heads[role.head](last_hidden_states(trunk, tree)).tolist()
             took = (time.perf_counter() - begun) / len(found)
-            for number, score in zip((n for e in row.examples for same in members[e.index] for n in same), found, strict=True):
-                scores[number], seconds[number] = score, took
-            for place in [place for place, (first, second) in sides.items() if first in scores and second in scores]:
-                first, second = sides.pop(place)
-                on_reply(place, _reply(scores[first], scores[second], lengths[first] + lengths[second], seconds[first] + seconds[second]))
+            scores |= zip(tree.sequences, found, strict=True)
+            seconds |= dict.fromkeys(tree.sequences, took)
+            for place, (first, second) in [(place, both) for place, both in sides.items() if both[0] in scores and both[1] in scores]:
+                on_reply(place, _reply(scores[first], scores[second], len(first) + len(second), seconds[first] + seconds[second]))
+                del sides[place]
 
 
 def _reply(first: float, second: float, tokens: int, seconds: float) -> Reply:

@@ -17,10 +17,15 @@ from align.plan import CHECKPOINT
 
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+    folder: Path,
+    step: int,
+    parameters: dict[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    kept: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write trained parameters, their optimizer state, the random state and `extra` (JSON) after `step` steps."""
-    tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
+    """Write trained parameters, their optimizer state, the random state, `extra` (JSON) and tensors to keep after `step` steps."""
+    tensors: dict[str, Tensor] = {"random": torch.get_rng_state(), **{f"kept/{name}": tensor for name, tensor in (kept or {}).items()}}
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -31,7 +36,9 @@ def save_checkpoint(
     os.replace(temporary, folder / CHECKPOINT)
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer, kept: dict[str, Tensor] | None = None
+) -> tuple[int, dict[str, Any]]:
     """Restore what `save_checkpoint` wrote, in place.
 
     Returns:
@@ -52,5 +59,7 @@ def load_checkpoint(folder: Path, parameters: dict[str, Parameter], optimizer: t
             }
             if state:
                 optimizer.state[parameter] = state
+        if kept is not None:
+            kept |= {name.removeprefix("kept/"): file.get_tensor(name) for name in sorted(names) if name.startswith("kept/")}
         torch.set_rng_state(file.get_tensor("random"))
     return int(metadata["step"]), json.loads(metadata["extra"])

@@ -85,38 +85,63 @@ def implicit_rewards(logps: PairLogps) -> tuple[Tensor, Tensor]:
     return logps.chosen - logps.ref_chosen, logps.rejected - logps.ref_rejected
 
 
-def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7), summed over the tokens that count.
+class PolicyLoss(NamedTuple):
+    """The policy's loss and which tokens' ratio had moved too far to earn, downwards and upwards. All (predicted,)."""
+
+    loss: Tensor
+    clipped_below: Tensor
+    clipped_above: Tensor
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    """Clipped surrogate loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
 
     Args:
         logprobs: under the policy now. Shape (predicted,).
         old_logprobs: under the policy that sampled. Shape (predicted,).
-        advantages: already whitened. Shape (predicted,).
-        mask: True where a token counts. Shape (predicted,).
+        advantages: Shape (predicted,).
         clip_range: how far the ratio may move from 1 before it stops earning.
-
-    Returns:
-        The sum of the loss and the number of tokens that were clipped, both scalars.
+        clip_range_high: the same upwards, where it differs (Yu et al. 2025, arXiv 2503.14476, eq. 10).
+        dual_clip: where the advantage is negative, ratios above this stop losing too (Ye et al. 2019, arXiv 1912.09729, eq. 5).
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(-20, 20))
     free = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    return -torch.minimum(free, clipped)[mask].sum(), (clipped < free)[mask].sum()
+    above = clip_range if clip_range_high is None else clip_range_high
+    objective = torch.minimum(free, ratio.clamp(1 - clip_range, 1 + above) * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    clipped = (objective != free).detach()
+    return PolicyLoss(-objective, clipped & (ratio < 1), clipped & (ratio > 1))
 
 
-def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, the worse of the value and the value clipped to its rollout's, summed over tokens that count.
+class ValueLoss(NamedTuple):
+    """The value's loss and which tokens were clipped. Both (predicted,)."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> ValueLoss:
+    """Half the squared error, the worse of the value and the value clipped to its rollout's.
 
     Args:
         values: now. Shape (predicted,).
         old_values: at the rollout. Shape (predicted,).
         returns: advantage + value, before whitening. Shape (predicted,).
-        mask: True where a token counts. Shape (predicted,).
         clip: how far a value may move from its rollout's.
-
-    Returns:
-        The sum of the loss and the number of tokens that were clipped, both scalars.
     """
     near = old_values + (values - old_values).clamp(-clip, clip)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
-    return 0.5 * torch.maximum(free, clipped)[mask].sum(), (clipped > free)[mask].sum()
+    return ValueLoss(0.5 * torch.maximum(free, clipped), (clipped > free).detach())
+
+
+def k2_loss(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio, whose gradient on-policy is that of KL(policy, reference) (arXiv 2510.01555). Shape (predicted,)."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2

@@ -114,12 +114,23 @@ class Blocks:
 
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
-    """Cut a row into blocks and group those of like size, so that few products are made and little is padded."""
-    blocks: list[tuple[list[int], list[int]]] = []  # the places of queries and of keys
+    """Cut a row of examples into blocks."""
+    blocks: list[tuple[list[int], list[int]]] = []
     for segment in segments:
         prompt = [*range(segment.prompt.start, segment.prompt.stop)]
         own = [[*range(completion.start, completion.stop)] for completion in segment.completions]
         blocks += [(prompt + own[0], prompt + own[0]), *((places, prompt + places) for places in own[1:])]
+    return grouped(blocks, window, device)
+
+
+def grouped(blocks: Sequence[tuple[list[int], list[int]]], window: int | None, device: torch.device) -> Blocks:
+    """Group a row's blocks of like size, so that few products are made and little is padded.
+
+    Args:
+        blocks: places of the queries and of the keys; a block's queries are its last keys, and each place is a query once.
+        window: tokens a query sees back, itself included; None sees all.
+        device: where the row is.
+    """
     length = sum(len(queries) for queries, _ in blocks)
     groups, query_of, key_of = [], [0] * length, [list[int]() for _ in range(length)]
     queries_before = keys_before = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.model.attention import cut
+from align.model.attention import Blocks, cut
 from align.model.packing import Row
 
 if TYPE_CHECKING:
@@ -53,14 +54,29 @@ def hidden_states(trunk: Trunk, row: Row) -> Tensor:
     """The last hidden state at every token of the row. Shape (length, hidden)."""
     if not trunk.packs:
         return _padded_hidden_states(trunk, row)
+    return packed_hidden_states(trunk, row.ids, row.positions, lambda window: cut(row.segments, window, row.ids.device))
+
+
+def packed_hidden_states(trunk: Trunk, ids: Tensor, positions: Tensor, blocks: Callable[[int | None], Blocks]) -> Tensor:
+    """The last hidden state at every token of a row that is cut into blocks.
+
+    Args:
+        trunk: one that packs.
+        ids: shape (length,).
+        positions: shape (length,).
+        blocks: gives the blocks for a sliding window, or for none.
+
+    Returns:
+        Shape (length, hidden).
+    """
     # A 4-D mask is taken as given, so transformers builds none. Ours is empty: any attention but the packed one fails on it.
-    taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=row.ids.device)
+    taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=ids.device)
     return trunk.decoder(
-        input_ids=row.ids[None],
-        position_ids=row.positions[None],
+        input_ids=ids[None],
+        position_ids=positions[None],
         attention_mask=taken_as_given,
         use_cache=False,
-        row_blocks=cache(lambda window: cut(row.segments, window, row.ids.device)),
+        row_blocks=cache(blocks),
     ).last_hidden_state[0]
 
 

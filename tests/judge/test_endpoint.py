@@ -53,6 +53,17 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+def interrupt_when_asked(server, count):
+    """Ctrl-C, as soon as the server has been asked so often."""
+
+    def wait():
+        while len(server.requests) < count:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def judge_at(server, template=PAIR, model=MODEL, **settings):
     settings = {"retries": 2, "timeout": 10.0, "concurrency": 1, **settings}
     return EndpointJudge(server.url, model, PromptTemplate.parse(template, "test.txt"), JudgeSettings(**settings))
@@ -222,13 +233,14 @@ def test_scores_are_written_as_1_begins_10():
 
 
 def test_tokens_seconds_and_price_are_each_questions_own():
-    with FaultyServer([made.slow(0.2), made.ok()]) as server:
+    with FaultyServer([made.slow(0.5), made.ok()]) as server:
         slow, quick = ask(judge_at(server, prompt_price=2.0, completion_price=10.0), make_questions(2))
         [free] = ask(judge_at(server, prompt_price=2.0), make_questions(1))
     assert (slow.prompt_tokens, slow.completion_tokens) == (100, 2)
     assert slow.price == pytest.approx((100 * 2 + 2 * 10) / 1e6)
     assert free.price is None
-    assert slow.seconds > 0.2 > quick.seconds > 0
+    assert slow.seconds > 0.5
+    assert slow.seconds > quick.seconds > 0
 
 
 def test_without_usage_tokens_and_price_are_unknown():
@@ -304,14 +316,14 @@ def test_the_message_says_what_there_was(fault, said):
 
 def test_no_reply_in_time():
     questions = make_questions(2)
-    with FaultyServer([made.slow(5), made.ok(), made.slow(5)], afterwards=made.trickling(0.05)) as server:
-        judge, told, begun = judge_at(server, timeout=0.5), {}, time.monotonic()
-        message = refused(judge, questions, told)
-        assert time.monotonic() - begun < 4
+    with FaultyServer([made.slow(60), made.ok(), made.slow(60)], afterwards=made.trickling(0.05)) as server:
+        told, begun = {}, time.monotonic()
+        message = refused(judge_at(server, timeout=1.0, retries=1), questions, told)
+        assert time.monotonic() - begun < 30
     assert [told[0].said] == truth(questions)[:1]
-    assert told[0].seconds < 0.5
-    assert list(server.times_asked().values()) == [2, 3]
-    assert "no reply within 0.5 s" in message
+    assert told[0].seconds < 1  # of the request that was answered
+    assert list(server.times_asked().values()) == [2, 2]
+    assert "no reply within 1 s" in message
     assert "(timeout, retries)" in message
 
 
@@ -351,7 +363,6 @@ def test_retry_after_holds_for_all_questions(form):
         replies = ask(judge_at(server, concurrency=2, retries=1), questions)
     assert [reply.said for reply in replies] == truth(questions)
     assert len(server.requests) == 9
-    assert server.times[1] - server.times[0] < 0.4
     assert server.times[2] - server.times[0] > 0.95
 
 
@@ -411,7 +422,7 @@ def test_replies_on_their_way_are_told_before_it_stops(monkeypatch):
         judge = judge_at(server, concurrency=4)
         begun = time.monotonic()
         message = refused(judge, questions, told)
-        assert 0.9 < time.monotonic() - begun < 5
+        assert 0.9 < time.monotonic() - begun < 20
         assert len(server.requests) == 4
     assert "HTTP 400" in message
     assert len(told) == 2
@@ -529,13 +540,13 @@ def test_a_template_that_is_no_judges_is_refused():
 
 def test_no_more_questions_are_under_way_than_said():
     questions = make_questions(24)
-    with FaultyServer(afterwards=made.slow(0.05)) as server:
+    with FaultyServer(afterwards=made.slow(0.2)) as server:
         begun = time.monotonic()
         replies = ask(judge_at(server, concurrency=6), questions)
         seconds = time.monotonic() - begun
     assert [reply.said for reply in replies] == truth(questions)
     assert 2 <= server.busiest <= 6
-    assert seconds < 24 * 0.05 + 0.5  # one after another they would take longer
+    assert seconds < 24 * 0.2  # which is the least they would take one after another
 
 
 class Endless:
@@ -586,12 +597,12 @@ def test_what_on_reply_raises_comes_out_as_it_is():
 
 def test_an_interrupt_cancels_what_is_under_way(ctrl_c):
     threads, told = threading.active_count(), {}
-    with FaultyServer([made.ok()] * 3, afterwards=made.slow(30)) as server:
-        judge, begun = judge_at(server, concurrency=2, timeout=60.0), time.monotonic()
-        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with FaultyServer([made.ok()] * 3, afterwards=made.slow(120)) as server:
+        judge, begun = judge_at(server, concurrency=2, timeout=100.0), time.monotonic()
+        interrupt_when_asked(server, 5)
         with pytest.raises(KeyboardInterrupt):
             judge.ask(make_questions(20), told.__setitem__)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 60
         assert len(server.requests) == 5
     assert len(told) == 3
     gc.collect()  # an event loop left open would warn here
@@ -637,13 +648,13 @@ def test_errors_and_interrupts_come_out_of_a_running_loop_too(ctrl_c):
     with FaultyServer(afterwards=made.status(403)) as server, pytest.raises(AlignError, match="HTTP 403"):
         asyncio.run(notebook(judge_at(server)))
 
-    with FaultyServer(afterwards=made.slow(30)) as server:
+    with FaultyServer(afterwards=made.slow(120)) as server:
         begun = time.monotonic()
+        interrupt_when_asked(server, 1)
         signal.signal(signal.SIGINT, lambda *_: signal.default_int_handler(*_))  # as in a notebook: asyncio leaves it alone
-        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            asyncio.run(notebook(judge_at(server, timeout=60.0)))
-        assert time.monotonic() - begun < 5
+            asyncio.run(notebook(judge_at(server, timeout=100.0)))
+        assert time.monotonic() - begun < 60
 
 
 def test_the_names_are_what_a_ledger_keeps():

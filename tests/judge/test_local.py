@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from align.judge import local
 from align.judge.ask import judge_pairs
 from align.judge.judgement import Pair, Question
 from align.judge.ledger import Ledger
-from align.judge.local import LocalJudge, share_prefixes, windows
+from align.judge.local import LocalJudge, windows
 from align.judge.verdict import read_reply
 from align.model.forward import forward
 from align.model.packing import Example, make_row
@@ -114,18 +115,23 @@ def test_the_padded_way_gives_the_same(base):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+def rows_of(monkeypatch):
+    """The rows that are computed from here on."""
+    rows, compute = [], local.last_hidden_states
+    monkeypatch.setattr(local, "last_hidden_states", lambda trunk, tree: rows.append(tree) or compute(trunk, tree))
+    return rows
+
+
 def test_the_same_question_twice_is_computed_once_and_answered_twice(base, monkeypatch):
-    rows = []
-    monkeypatch.setattr(local, "hidden_states", lambda trunk, row, real=local.hidden_states: rows.append(row) or real(trunk, row))
+    rows = rows_of(monkeypatch)
     same = Question(turn("p", "user"), turn("x"), turn("x"))
     replies = answers(judge_with(base, PAIR), [same, same])
     assert replies[0] == replies[1]
-    assert sum(len(row.last) for row in rows) == 1
+    assert [row.sequences for row in rows] == [(rows[0].sequences[0],)]
 
 
 def test_both_orders_of_a_pair_share_their_prompt(base, chat, monkeypatch):
-    rows = []
-    monkeypatch.setattr(local, "hidden_states", lambda trunk, row, real=local.hidden_states: rows.append(row) or real(trunk, row))
+    rows = rows_of(monkeypatch)
     prompt = "a long prompt " * 5
     judge = judge_with(base, PAIR)
     replies = answers(judge, list(pair(prompt, "red", "blue").questions()))
@@ -171,6 +177,12 @@ def test_answers_that_begin_alike_are_refused(base):
     assert str(refused.value).startswith("alike.txt: with the tokenizer of ")
     assert "the answers 'Yes' and 'Yep' both begin with 'Y'" in str(refused.value)
     assert "Write single letters, such as 'first: A' and 'second: B', or 'reply: reasoning'." in str(refused.value)
+
+
+def test_an_answer_that_can_be_no_reply_is_refused(base):
+    odd = PromptTemplate.parse("kind: pair\nfirst: <|end|>\nsecond: B\nreply: verdict\n---\n[user]\n$prompt $first $second", "odd.txt")
+    with pytest.raises(AlignError, match=r"odd.txt: the answer '<\|end\|>' can be no reply of .*: its text contains the control token"):
+        answers(judge_with(base, odd), QUESTIONS[:1])
 
 
 @pytest.mark.parametrize("template", [PAIR, REASONS])
@@ -219,57 +231,25 @@ def test_a_policy_judges_with_its_adapters(base, small_run, chat):
         assert reply.logprobs != pytest.approx(before.logprobs, abs=1e-4)
 
 
-tokens = st.lists(st.integers(0, 2), min_size=2, max_size=9).map(lambda ids: (9, *ids))
-
-
-@given(st.lists(st.lists(tokens, max_size=4), max_size=5), st.integers(1, 40))
-def test_shared_beginnings_change_no_sequence(groups, row_tokens):
-    numbered, place = [], 0
-    for group in groups:
-        numbered.append({place + i: ids for i, ids in enumerate(group)})
-        place += len(group)
-    examples, members = share_prefixes(numbered, row_tokens)
-    found = {}
-    for example in examples:
-        assert example.prompt
-        assert all(example.completions)
-        assert example.tokens <= row_tokens or len(example.completions) == 1
-        for completion, places in zip(example.completions, members[example.index], strict=True):
-            for place, length in places.items():
-                assert place not in found
-                assert length == len(example.prompt + completion)
-                found[place] = example.prompt + completion
-    assert found == {place: ids for group in numbered for place, ids in group.items()}
-
-
-def test_each_group_takes_the_beginning_that_saves_more():
-    opening, prompt = tuple(range(10)), tuple(range(100, 130))
-    short = {0: (*opening, 50, 1), 1: (*opening, 51, 2)}
-    long = {2: (*opening, *prompt, 1), 3: (*opening, *prompt, 2)}
-    examples, _ = share_prefixes([short, long], 1000)
-    assert [(len(e.prompt), len(e.completions)) for e in examples] == [(10, 2), (40, 2)]
-
-
 @given(st.lists(st.integers(0, 5), max_size=60))
 def test_windows_hold_each_question_once_and_keep_prompts_together(prompts):
     questions = [Question(turn(f"p{n}", "user"), turn("a"), turn("b")) for n in prompts]
-    found = [group for window in windows(questions) for group in window]
-    assert sorted(place for group in found for place in group) == list(range(len(prompts)))
-    assert len(found) == len(set(prompts))
-    assert all(len({prompts[place] for place in group}) == 1 for group in found)
+    places = [place for window in windows(questions) for place in window]
+    assert sorted(places) == list(range(len(prompts)))
+    assert [key for key, _ in groupby(prompts[place] for place in places)] == list(dict.fromkeys(prompts))
 
 
 def test_windows_are_bounded():
     questions = [Question(turn(f"p{n // 600}", "user"), turn(f"a{n}"), turn("b")) for n in range(1300)]
-    sizes = [sum(map(len, window)) for window in windows(questions)]
+    sizes = [len(window) for window in windows(questions)]
     assert sum(sizes) == 1300
-    assert max(sizes) < 2 * local.WINDOW
+    assert max(sizes) == local.WINDOW
 
 
 @pytest.mark.slow
 def test_the_real_model_agrees_with_plain_forward_passes(smollm2, shared_data):
     template = PromptTemplate.load("prompts/judge_pair.txt")
-    rows = json.loads((shared_data / "judge/llmbar_Natural.json").read_text())[:6]
+    rows = json.loads((shared_data / "judge/llmbar_Natural.json").read_text())[:3]
     questions = [q for row in rows for q in pair(row["input"], row["output_1"], row["output_2"]).questions()]
     judge = judge_with(find_base("embedded"), template)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()

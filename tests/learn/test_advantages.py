@@ -1,6 +1,20 @@
+import statistics
+
+import pytest
 import torch
 
-from align.learn.advantages import generalised_advantages, k3, minus_mean_of_others, token_rewards, whiten
+from align.learn.advantages import (
+    divisor,
+    generalised_advantages,
+    grpo,
+    k3,
+    minus_mean_of_others,
+    reinforce_plus_plus,
+    rloo,
+    token_rewards,
+    token_weights,
+    whiten,
+)
 
 
 def ragged(seed, lengths=(5, 1, 3)):
@@ -75,10 +89,85 @@ def test_k3_has_the_mean_of_k1_under_the_policy():
     torch.testing.assert_close((p.exp() * k3(p, q)).sum(), exact)
 
 
+def test_whitening_that_keeps_the_mean_changes_the_spread_alone():
+    """1, 3, 8: mean 4, variance 26 / 3."""
+    mask = torch.tensor([[True, True], [True, False]])
+    white = whiten(torch.tensor([[1.0, 3.0], [8.0, 99.0]]), mask, keep_mean=True)
+    deviation = (26 / 3) ** 0.5
+    torch.testing.assert_close(white, torch.tensor([[4 - 3 / deviation, 4 - 1 / deviation], [4 + 4 / deviation, 0.0]]))
+
+
+# Without a value ----------------------------------------------------------------------------------------------------------
+
+
+def groups(seed, prompts=3, group=4):
+    """Scores, log-probabilities of two policies and a ragged mask for some prompts' completions."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (prompts * group,), generator=generator)
+    mask = torch.arange(5)[None] < lengths[:, None]
+    logprobs, ref = torch.randn(2, *mask.shape, generator=generator).unbind()
+    return torch.randn(len(mask), generator=generator), logprobs, ref, mask
+
+
 def test_each_score_is_compared_with_the_mean_of_the_others():
-    """Scores 1, 2, 6: 1 - (2 + 6) / 2 = -3, 2 - (1 + 6) / 2 = -1.5, 6 - (1 + 2) / 2 = 4.5."""
-    torch.testing.assert_close(minus_mean_of_others(torch.tensor([1.0, 2.0, 6.0])), torch.tensor([-3.0, -1.5, 4.5]))
+    """Scores 1, 2, 6: 1 - (2 + 6) / 2 = -3, 2 - (1 + 6) / 2 = -1.5, 6 - (1 + 2) / 2 = 4.5; and of another prompt 0, 1, 5 the like."""
+    found = minus_mean_of_others(torch.tensor([1.0, 2.0, 6.0, 0.0, 1.0, 5.0]), 3)
+    torch.testing.assert_close(found, torch.tensor([-3.0, -1.5, 4.5, -3.0, -1.5, 4.5]))
 
 
 def test_a_single_completion_keeps_its_score():
-    assert minus_mean_of_others(torch.tensor([2.0])).tolist() == [2.0]
+    assert minus_mean_of_others(torch.tensor([2.0, 3.0]), 1).tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3, 1e-8, 12345.678])
+@pytest.mark.parametrize("group", [2, 3, 5, 7])
+def test_equal_scores_differ_by_exactly_nothing(score, group):
+    """A difference of rounding would be a direction to learn from, since Adam takes the same step for any size."""
+    scores, mask = torch.full((2 * group,), score), torch.ones(2 * group, 1, dtype=torch.bool)
+    assert not minus_mean_of_others(scores, group).any()
+    assert not grpo(scores, mask, group, by_deviation=True).any()
+    assert not grpo(scores, mask, group, by_deviation=False).any()
+
+
+def test_rloo_is_the_paper_s_double_sum():
+    """(1 / (k - 1)) sum over j != i of (R_i - R_j), R = score - kl_coef * sum of log-ratios (2402.14740, eq. 8, in another order)."""
+    scores, logprobs, ref, mask = groups(0)
+    rewards = [float(s) - 0.3 * float((p - q)[m].sum()) for s, p, q, m in zip(scores, logprobs, ref, mask, strict=True)]
+    found = rloo(scores, logprobs, ref, mask, 0.3, 4)
+    for i in range(12):
+        first = i // 4 * 4
+        expected = sum(rewards[i] - rewards[j] for j in range(first, first + 4) if j != i) / 3
+        assert found[i].tolist() == pytest.approx([expected if counts else 0.0 for counts in mask[i]], abs=1e-5)
+
+
+@pytest.mark.parametrize("by_deviation", [True, False])
+def test_grpo_is_a_z_score_in_its_prompt_s_group(by_deviation):
+    scores, _, _, mask = groups(1)
+    found = grpo(scores, mask, 4, by_deviation)
+    for i in range(12):
+        own = scores[i // 4 * 4 : i // 4 * 4 + 4].tolist()
+        expected = (float(scores[i]) - statistics.fmean(own)) / (statistics.stdev(own) + 1e-4 if by_deviation else 1)
+        assert found[i].tolist() == pytest.approx([expected if counts else 0.0 for counts in mask[i]], abs=1e-5)
+
+
+def test_reinforce_plus_plus_is_the_score_less_the_kl_that_is_still_to_come():
+    """A_t = score - kl_coef * sum of log-ratios from t to the end, where gamma is 1 (2501.03262, eq. 6)."""
+    scores, logprobs, ref, mask = groups(2)
+    found = reinforce_plus_plus(token_rewards(scores, logprobs, ref, mask, 0.3), mask, 1.0)
+    for i in range(12):
+        ratios = (logprobs - ref)[i][mask[i]].tolist()
+        expected = [float(scores[i]) - 0.3 * sum(ratios[t:]) for t in range(len(ratios))]
+        assert found[i].tolist() == pytest.approx(expected + [0.0] * (5 - len(ratios)), abs=1e-5)
+
+
+def test_weights_make_means_over_tokens_over_completions_or_by_a_constant():
+    """Completions of 2 and 4 tokens whose per-token losses are 1, 2 and 3, 4, 5, 6; at most 8 tokens.
+
+    Mean over tokens: 21 / 6. GRPO: (3 / 2 + 18 / 4) / 2 = 3. Dr. GRPO: (3 / 8 + 18 / 8) / 2 = 1.3125.
+    """
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    losses = torch.tensor([[1.0, 2.0, 99.0, 99.0], [3.0, 4.0, 5.0, 6.0]])
+    expected = {"gae": 3.5, "rloo": 3.5, "reinforce++": 3.5, "grpo": 3.0, "dr_grpo": 1.3125}
+    for estimator, mean in expected.items():
+        weighted = losses * token_weights(estimator, mask, 8)
+        assert float(weighted.sum()) / divisor(estimator, tokens=6, completions=2) == pytest.approx(mean), estimator

@@ -57,6 +57,18 @@ def test_the_next_steps_are_those_of_the_run_that_was_not_stopped(tmp_path):
     assert all(torch.equal(restored[name], parameter) for name, parameter in parameters.items())
 
 
+def test_tensors_to_keep_come_back_beside_what_is_trained(tmp_path):
+    parameters, optimizer = two_groups()
+    kept = {"a.weight": torch.rand(3, 2), "other/name": torch.rand(2)}
+    save_checkpoint(tmp_path, 1, parameters, optimizer, {}, kept)
+    found: dict = {}
+    restored, its_optimizer = two_groups(seed=1)
+    load_checkpoint(tmp_path, restored, its_optimizer, found)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    assert torch.equal(restored["a.weight"], parameters["a.weight"])
+
+
 def test_a_checkpoint_before_the_first_step_has_no_optimizer_state(tmp_path):
     parameters, optimizer = two_groups()
     save_checkpoint(tmp_path, 0, parameters, optimizer, {})

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from align.learn.losses import PairLogps, bradley_terry_loss, dpo_loss, ppo_policy_loss, ppo_value_loss
+from align.learn.losses import PairLogps, bradley_terry_loss, dpo_loss, k2_loss, ppo_policy_loss, ppo_value_loss
 
 
 def pairs(*columns):
@@ -65,34 +65,93 @@ def test_an_unsure_label_pulls_back_a_policy_that_is_too_sure():
     assert float(chosen.grad) > 0
 
 
+# PPO ----------------------------------------------------------------------------------------------------------------------
+
+
 def test_ppo_clips_what_would_earn_more_and_never_what_would_lose_more():
     """Ratios 1.5 and 0.5 at advantages +1 and -1, clip 0.2: losses -1.2, 1.5, -0.5, 0.8; clipped are the first and the last."""
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    mask = torch.ones(4, dtype=torch.bool)
-    loss, clipped = ppo_policy_loss(ratio, torch.zeros(4), advantages, mask, 0.2)
-    assert float(loss) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8, abs=1e-6)
-    assert int(clipped) == 2
+    ratio, advantages = torch.tensor([1.5, 1.5, 0.5, 0.5]).log(), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, below, above = ppo_policy_loss(ratio, torch.zeros(4), advantages, 0.2)
+    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
+    assert above.tolist() == [True, False, False, False]
+    assert below.tolist() == [False, False, False, True]
+
+
+def test_a_wider_bound_above_lets_a_ratio_earn_more():
+    """Ratio 1.5, advantage 1: 1.2 with one bound of 0.2, 1.4 where it is 0.4 above, 1.5 where it is 0.6."""
+    ratio, one = torch.tensor([1.5]).log(), torch.ones(1)
+    losses = [float(ppo_policy_loss(ratio, torch.zeros(1), one, 0.2, high).loss) for high in (None, 0.4, 0.6)]
+    assert losses == pytest.approx([-1.2, -1.4, -1.5])
+
+
+def test_dual_clip_bounds_what_a_bad_token_that_became_likely_can_cost():
+    """Ratio 10 at advantage -1: 10 without, 3 with a bound of 3; at advantage +1 nothing changes, nor at ratio 2."""
+    ratio, advantages = torch.tensor([10.0, 10.0, 2.0]).log().requires_grad_(), torch.tensor([-1.0, 1.0, -1.0])
+    free, dual = (ppo_policy_loss(ratio, torch.zeros(3), advantages, 0.2, dual_clip=bound) for bound in (None, 3.0))
+    assert free.loss.tolist() == pytest.approx([10.0, -1.2, 2.0])
+    assert dual.loss.tolist() == pytest.approx([3.0, -1.2, 2.0])
+    assert free.clipped_above.tolist() == [False, True, False]
+    assert dual.clipped_above.tolist() == [True, True, False]
+    dual.loss.sum().backward()
+    assert ratio.grad.tolist() == pytest.approx([0.0, 0.0, 2.0])
+
+
+def test_the_policy_loss_is_the_formula_token_by_token():
+    """-min(r A, clip(r) A), or for A < 0 -max(that, c A), in plain Python over random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    new, old, advantages = torch.randn(3, 200, generator=generator).unbind()
+    found = ppo_policy_loss(new, old, advantages, 0.2, 0.3, 2.0)
+    for i in range(200):
+        ratio, advantage = math.exp(float(new[i] - old[i])), float(advantages[i])
+        earned = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
+        if advantage < 0:
+            earned = max(earned, 2.0 * advantage)
+        assert float(found.loss[i]) == pytest.approx(-earned, rel=1e-5)
+        outside = ratio > 1.3 if advantage > 0 else (ratio < 0.8 or ratio > 2.0)
+        assert bool(found.clipped_below[i] or found.clipped_above[i]) == outside
+
+
+def test_a_ratio_beyond_all_measure_stays_a_number():
+    logprobs = torch.tensor([0.0, -500.0], requires_grad=True)
+    loss = ppo_policy_loss(logprobs, torch.tensor([-500.0, 0.0]), torch.tensor([-1.0, -1.0]), 0.2).loss.sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logprobs.grad).all()
 
 
 def test_at_ratio_1_the_policy_gradient_is_minus_the_advantage():
     logprobs = torch.zeros(3, requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5])
-    loss, clipped = ppo_policy_loss(logprobs, torch.zeros(3), advantages, torch.ones(3, dtype=torch.bool), 0.2)
-    loss.backward()
+    loss, below, above = ppo_policy_loss(logprobs, torch.zeros(3), advantages, 0.2)
+    loss.sum().backward()
     torch.testing.assert_close(logprobs.grad, -advantages)
-    assert int(clipped) == 0
+    assert not (below | above).any()
 
 
 def test_the_value_loss_takes_the_worse_of_both():
-    """Value 1, old value 0, return 1, clip 0.2: free error 0, clipped (0.2 - 1)^2 / 2 = 0.32."""
-    one, zero = torch.ones(1), torch.zeros(1)
-    loss, clipped = ppo_value_loss(one, zero, one, torch.ones(1, dtype=torch.bool), 0.2)
-    assert float(loss) == pytest.approx(0.32, abs=1e-6)
-    assert int(clipped) == 1
+    """Value 1, old value 0, return 1, clip 0.2: free error 0, clipped (0.2 - 1)^2 / 2 = 0.32. Return 2: free 0.5, clipped 1.62."""
+    one, zero = torch.ones(2), torch.zeros(2)
+    loss, clipped = ppo_value_loss(one, zero, torch.tensor([1.0, 2.0]), 0.2)
+    assert loss.tolist() == pytest.approx([0.32, 1.62])
+    assert clipped.tolist() == [True, True]
 
 
-def test_masked_tokens_count_for_nothing():
-    mask = torch.tensor([True, False])
-    loss, _ = ppo_policy_loss(torch.tensor([0.0, 5.0]), torch.zeros(2), torch.tensor([1.0, 100.0]), mask, 0.2)
-    assert float(loss) == -1.0
+def test_a_value_within_its_bound_has_the_plain_squared_error():
+    """Value 0.1, old value 0, returns -1 and 3: 1.21 / 2 and 8.41 / 2."""
+    loss, clipped = ppo_value_loss(torch.full((2,), 0.1), torch.zeros(2), torch.tensor([-1.0, 3.0]), 0.2)
+    assert loss.tolist() == pytest.approx([0.605, 4.205])
+    assert clipped.tolist() == [False, False]
+
+
+def test_k2_has_the_gradient_of_kl_on_policy():
+    """Over all outcomes of a small categorical law: the mean of k2's gradients is the exact KL's gradient (2510.01555)."""
+    logits, ref = torch.tensor([0.3, -0.2, 0.9]), torch.tensor([0.2, 0.5, 0.3]).log()
+    free = logits.clone().requires_grad_()
+    p = torch.log_softmax(free, 0)
+    (p.exp() * (p - ref)).sum().backward()
+    expected, mean = free.grad, torch.zeros(3)
+    for outcome in range(3):
+        one = logits.clone().requires_grad_()
+        k2_loss(torch.log_softmax(one, 0)[outcome], ref[outcome]).backward()
+        mean += torch.softmax(logits, 0)[outcome] * one.grad
+    torch.testing.assert_close(mean, expected)

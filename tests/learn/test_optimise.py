@@ -91,7 +91,7 @@ def test_eight_rows_of_one_example_are_one_row_of_eight(kind, chat, tmp_path):
     together, _ = run(kind, chat, tmp_path / "together", row_tokens=100_000, learning_rate=1e-5, spread=0.1)
     start, _ = run(kind, chat, tmp_path / "start", learning_rate=1e-30, spread=0.1)
     for name, weights in together.items():
-        torch.testing.assert_close(apart[name], weights, atol=1e-6, rtol=0)
+        torch.testing.assert_close(apart[name], weights, atol=3e-6, rtol=0)  # Adam enlarges rounding where a gradient is near 0
         assert (apart[name] - weights).norm() < 1e-2 * (weights - start[name]).norm()
     for one, other in zip(logged(tmp_path / "apart"), logged(tmp_path / "together"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
