@@ -22,11 +22,11 @@ install-dev: .venv/.installed-dev
 demo: install  ## instruction tuning, a reward model, PPO and a comparison, on an embedded model
 	$(BIN)/python recipes/quickstart.py
 
-test: install-dev  ## all tests
-	$(BIN)/python -m pytest
+test: fast  ## all tests
+	$(BIN)/python -m pytest -m slow
 
-fast: install-dev  ## all tests but those on the real model
-	$(BIN)/python -m pytest -m 'not slow'
+fast: install-dev  ## all tests but those on the real model, which want every core for themselves
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: install-dev
 	$(BIN)/ruff check .

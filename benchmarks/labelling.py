@@ -1,13 +1,14 @@
 """Labelling speed of a local judge, both orders of each pair, against two ways that transformers offers, in one run.
 
-    python benchmarks/labelling.py              about 5 minutes on two cores
+    python benchmarks/labelling.py                              about 5 minutes on two cores
     python benchmarks/labelling.py --data hh --pairs 16 --repetitions 3
+    python benchmarks/labelling.py --written 64 --unsorted      as a plain script would do it
 
 (a) writes the verdict: `generate` on padded batches, greedy, 16 tokens at most, then the text is read.
 (b) reads log-probabilities: one padded forward pass for each order, logits of the last token only.
 
-Both get questions sorted by length and the best of several batch sizes, and all three tokenise what they are given. The log-odds of
-ours and (b) are compared: they differ by rounding alone.
+Both get questions sorted by length, so that little is padded, and the best of several batch sizes; all three tokenise what they are
+given. The log-odds of ours and (b) are compared: they differ by rounding alone.
 """
 
 import argparse
@@ -35,7 +36,6 @@ SETS = {
     "hh": ROOT.parent / "shared/data/preference/hh_harmless_test_a.jsonl.gz",
 }
 BATCH_SIZES = (4, 8, 16)
-WRITTEN = 16  # tokens that (a) may write: the embedded model answers in a sentence, and fewer cut it off
 TEMPLATE = PromptTemplate.load("prompts/judge_pair.txt")
 Judging = Callable[[list[Question]], list[Reply]]
 
@@ -59,7 +59,8 @@ def ours(judge: LocalJudge) -> Judging:
 class Transformers:
     """The same questions through transformers alone."""
 
-    def __init__(self, folder: str, dtype: torch.dtype):
+    def __init__(self, folder: str, dtype: torch.dtype, written: int, is_sorted: bool):
+        self.written, self.is_sorted = written, is_sorted
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -68,7 +69,7 @@ class Transformers:
     def _batches(self, questions: list[Question], size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         messages = [TEMPLATE.fill(**question.fields()) for question in questions]
         ids = [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]) if self.is_sorted else i)
         for start in range(0, len(order), size):
             places = order[start : start + size]
             yield places, self.tokenizer.pad({"input_ids": [ids[i] for i in places]}, return_tensors="pt")
@@ -80,7 +81,9 @@ class Transformers:
         def run(questions: list[Question]) -> list[Reply]:
             found: dict[int, Reply] = {}
             for places, batch in self._batches(questions, size):
-                written = self.model.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+                written = self.model.generate(
+                    **batch, max_new_tokens=self.written, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+                )
                 texts = self.tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
                 found |= {place: read_reply(text, TEMPLATE) for place, text in zip(places, texts, strict=True)}
             return [found[i] for i in range(len(questions))]
@@ -150,11 +153,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--data", choices=list(SETS), action="append", help="only these; both unless given")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
+    parser.add_argument("--written", type=int, default=16, help="tokens that (a) may write; the embedded model answers in a sentence")
+    parser.add_argument("--unsorted", action="store_true", help="batches of (a) and (b) as the questions come")
     options = parser.parse_args()
     base = find_base("embedded")
     judge = LocalJudge(base, None, TEMPLATE, JudgeSettings(), options.dtype)
     trunk = judge._loaded[0]
-    peer = Transformers(local_model(base), trunk.model.dtype)
+    peer = Transformers(local_model(base), trunk.model.dtype, options.written, not options.unsorted)
     results = []
     for name in options.data or SETS:
         path = SETS[name]

@@ -71,12 +71,20 @@ def measure(
 
 
 def unseen_by(artifacts: Sequence[Artifact], gold: Data) -> np.ndarray:
-    """Which of people's preferences no reward model among the artifacts was trained on: where the data is the same, its held-out share."""
+    """Which of people's preferences no reward model among the artifacts was trained on: of files that it read, the held-out share."""
     unseen = np.ones(len(gold), dtype=bool)
     for artifact in artifacts:
-        if artifact.kind == "reward_model" and artifact.facts["data"]["preferences"]["sha256"] == gold.identity:
-            unseen &= is_heldout(gold.column("key"), artifact.facts["settings"]["holdout"], artifact.facts["settings"]["seed"])
+        if artifact.kind == "reward_model":
+            learned = _contents(artifact.facts["data"]["preferences"]["sources"])
+            read = [bool(learned & _contents([source])) for source in gold.facts["sources"]]
+            heldout = is_heldout(gold.column("key"), artifact.facts["settings"]["holdout"], artifact.facts["settings"]["seed"])
+            unseen &= heldout | ~np.array(read)[gold.chosen[:, 0]]
     return unseen
+
+
+def _contents(sources: Sequence[dict[str, Any]]) -> set[str]:
+    """What tells the files of sources apart: their bytes, or a hub data set's name."""
+    return {file["sha256"] or file["path"] for source in sources for file in source["files"]}
 
 
 def judge_all(

@@ -26,7 +26,7 @@ _LABEL = (
 _OPEN, _CLOSE = r"[\s\"'`*_(\[{<“‘]*", r"[\s\"'`*_)\]}>”’]*"
 _END = r"(?=$|[\n.,;:!?(\-–—]|(?:is|was|because|since|as)\b)"  # what may follow an answer: 'a concise reply' is none
 _BETTER = r"(?:is|was|would be) (?:(?:clearly|slightly|definitely|significantly|much|far|indeed|overall|the) )*better\b(?! (?:if|when)\b)"
-_DOUBTED = re.compile(r"\b(?:not|n[o']t|neither|nor|whether|if|unless|hardly|cannot|either)\b|n't\b", re.IGNORECASE)
+_DOUBTED = re.compile(r"\b(?:not|neither|nor|whether|if|unless|hardly|cannot|either)\b|n['’]t\b", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:and|but|so|because|that said)\b", re.IGNORECASE)
 
 

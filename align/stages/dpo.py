@@ -19,7 +19,7 @@ from align.model.forward import forward
 from align.model.load import Trainee, open_trainee, own_model, save_model
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role
-from align.progress import say
+from align.progress import say, tracked
 from align.run import Job, Result
 from align.settings import DPOSettings
 from align.stages.reward import agreement, baselines
@@ -96,7 +96,8 @@ def run(job: Job) -> Result:
     data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
     first_epoch = epoch_batches(data.training, settings, 0)
     say(f"  {job.name}: log-probabilities of the reference")
-    rows = chain(chain.from_iterable(first_epoch), pack(data.heldout, settings.row_tokens))
+    batches = chain(first_epoch, [pack(data.heldout, settings.row_tokens)])
+    rows = chain.from_iterable(tracked(batches, len(first_epoch) + 1, "  log-probabilities of the reference"))
     reference = reference_logps(trainee, rows, len(data.where), job.work / REFERENCE)
     objective = DirectPreference(trainee, data.probability, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)

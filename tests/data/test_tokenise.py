@@ -635,8 +635,9 @@ def test_several_processes_give_the_same(chat, tmp_path, monkeypatch):
 
 def test_what_is_sent_to_a_process_does_not_hold_the_records(chat, tmp_path, monkeypatch):
     """Neither the renderer nor the data set that it is mapped over, of which a process gets its share: eight bytes a row at most."""
-    import datasets
     import dill
+
+    import datasets
 
     sizes, real = [], datasets.Dataset.map
 

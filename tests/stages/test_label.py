@@ -148,7 +148,7 @@ def test_a_reward_model_is_measured_on_pairs_it_was_not_trained_on(tiny_base, sa
     from align.artifact import Artifact
     from align.data.mix import load_data
     from align.data.sources import Source
-    from align.stages.label import unseen_by
+    from align.judge.labelling import unseen_by
 
     recipe = Recipe("judge", base=str(tiny_base), dtype="float32")
     recipe.reward(policy=recipe.base, preferences=data / "preferences.jsonl", holdout=0.4, epochs=0.5)
@@ -157,8 +157,18 @@ def test_a_reward_model_is_measured_on_pairs_it_was_not_trained_on(tiny_base, sa
     artifact = Artifact.open(folder / "reward")
     unseen = unseen_by([artifact], gold)
     assert unseen.sum() == artifact.facts["data"]["preferences"]["heldout"] > 0
-    other = write_rows(tmp_path / "other.jsonl", [json.loads(line) for line in (data / "preferences.jsonl").read_text().splitlines()[:5]])
+    other = write_rows(
+        tmp_path / "other.jsonl",
+        [
+            {"prompt": message("user", f"q{n}"), "chosen": message("assistant", "yes"), "rejected": message("assistant", "no")}
+            for n in range(5)
+        ],
+    )
     assert unseen_by([artifact], load_data((Source(str(other)),), "preference", "gold")).all()
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((data / "preferences.jsonl").read_bytes())
+    both = load_data((Source(str(other)), Source(str(copy))), "preference", "gold")
+    assert unseen_by([artifact], both).sum() == 5 + unseen.sum()
 
 
 def test_another_judge_by_the_command_line_replaces_the_recipes(tiny_base, data):
