@@ -226,7 +226,7 @@ def test_an_artifact_of_another_run_is_a_handle_of_its_kind(recipe, finished, st
 
 
 def test_only_policies_and_reward_models_can_be_loaded(recipe, finished, tmp_path):
-    assert "is an evaluation; expected a policy or a reward model" in message_of(recipe.load, finished / "evaluate")
+    assert "is an evaluation; expected one of policy, reward_model" in message_of(recipe.load, finished / "evaluate")
     assert "not an artifact" in message_of(recipe.load, finished)
     assert "not an artifact" in message_of(recipe.load, tmp_path / "nothing")
 

@@ -12,11 +12,10 @@ RECIPES = sorted(shipped_file("recipes").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
-def test_it_plans_and_its_help_lists_every_stage(script, tmp_path, capsys):
+def test_it_plans(script, tmp_path, capsys):
     recipe = runpy.run_path(str(script))["recipe"]
     assert recipe_main(recipe, ["--plan", "--out", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in recipe.stages)
+    assert f"{len(recipe.stages)} of {len(recipe.stages)} stages would run" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

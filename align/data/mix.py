@@ -133,7 +133,7 @@ class Data:
                     "where": converted.place(row["file"], row["line"]),
                     "reason": row["reason"] or (ELSEWHERE if own[at] else DUPLICATE),
                     "detail": row["detail"] or "",
-                    "row": row["record"].decode("utf-8", "replace"),
+                    "row": row["record"].decode("utf-8", "replace").rstrip("\n"),  # a line as it was read
                 }
 
     @cached_property

@@ -172,6 +172,9 @@ def _next_tokens(trunk: Trunk, role: Role, tree: Tree, columns: list[int]) -> li
     with trunk.computing(role):
         for hidden in last_hidden_states(trunk, tree).split(CHUNK):
             logits = trunk.output_layer(hidden).float()
+            if type(trunk.output_layer) is torch.nn.Linear and trunk.output_layer.bias is None:
+                # bfloat16 logits of this size come in steps of an eighth: the few that decide are made again, in float32
+                logits[:, columns] = hidden.float() @ trunk.output_layer.weight[columns].float().T
             logits = trunk.softcap * torch.tanh(logits / trunk.softcap) if trunk.softcap else logits
             logprobs = logits[:, columns] - logits.logsumexp(-1, keepdim=True)
             found += zip(logprobs.tolist(), logits.argmax(-1).tolist(), strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from align.data.tokenise import prepare
 from align.errors import AlignError
 from align.learn.losses import PairLogps, dpo_loss, implicit_rewards
-from align.learn.optimise import Sums, Totals, epoch_batches, evaluate, train
+from align.learn.optimise import Sums, Totals, epoch_batches, train
 from align.model.forward import forward
 from align.model.load import Trainee, open_trainee, own_model, save_model
 from align.model.packing import Example, Row, pack
@@ -105,10 +105,9 @@ def run(job: Job) -> Result:
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
-    heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
-    return Result("policy", model, {**metrics, **heldout, **baselines(data, heldout)}, checks, {"preferences": data.facts})
+    return Result("policy", model, {**metrics, **baselines(data, metrics)}, checks, {"preferences": data.facts})
 
 
 def _check_start(objective: DirectPreference, rows: list[Row], settings: DPOSettings) -> dict[str, float]:

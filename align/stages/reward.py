@@ -10,7 +10,7 @@ from torch import Tensor
 from align.confidence import wilson_interval
 from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
 from align.learn.losses import bradley_terry_loss
-from align.learn.optimise import Sums, Totals, evaluate, train
+from align.learn.optimise import Sums, Totals, train
 from align.model.forward import forward_head
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
@@ -66,12 +66,11 @@ def run(job: Job) -> Result:
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
     offset, centred_on = _centre(job, trainee, data)
-    heldout = evaluate(objective, data.heldout, settings.row_tokens)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
     probes = save_probes(trainee.trunk, trainee.role, [*data.heldout[:PROBE_PAIRS], *data.training[:PROBE_PAIRS]][:PROBE_PAIRS], job.work)
-    facts = {**metrics, **heldout, **baselines(data, heldout), "score_offset": offset}
+    facts = {**metrics, **baselines(data, metrics), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result(
         "reward_model",
