@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def _command(
     for number, path, mode in ((0, stdin, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(path, mode), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing had closed it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     os.chdir(folder)
     os.environ["COLUMNS"] = "200"
     progress.console.width = 200  # it was made in the server, before this
