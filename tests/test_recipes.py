@@ -22,8 +22,13 @@ def test_it_plans(script, tmp_path, capsys):
 @pytest.mark.slow
 def test_constitutional_runs_to_the_end_on_a_tiny_budget(smollm2, tmp_path):
     recipe = runpy.run_path(str(shipped_file("recipes/constitutional.py")))["recipe"]
+    few = {name: tmp_path / name for name in ("chat.jsonl", "preferences.jsonl")}
+    for name, path in few.items():
+        path.write_text("".join(shipped_file(f"datasets/{name}").read_text().splitlines(keepends=True)[:24]))
     for setting in (
-        "sft.epochs=0.1",
+        f"sft.data={few['chat.jsonl']}",
+        f"judge.preferences={few['preferences.jsonl']}",
+        "sft.epochs=0.5",
         "drafts.max_prompts=6",
         "drafts.max_new_tokens=48",
         "drafts.keep_cut=true",
@@ -33,7 +38,7 @@ def test_constitutional_runs_to_the_end_on_a_tiny_budget(smollm2, tmp_path):
         "sample.max_new_tokens=48",
         "sample.keep_cut=true",
         "label.audit_pairs=4",
-        "judge.epochs=0.1",
+        "judge.epochs=0.5",
         "evaluate.max_prompts=3",
         "evaluate.max_new_tokens=24",
     ):
