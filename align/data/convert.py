@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
@@ -120,7 +120,11 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
         AlignError: for files that are missing or cannot be read, and for a format that is not known.
     """
     files = find_files(source, where)
-    known = [{"path": str(path), "sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files]
+    with ThreadPoolExecutor(1) as thread:
+        hashes = thread.map(file_sha256, files)
+        if sum(path.stat().st_size for path in files) >= SEVERAL_PROCESSES_FROM:
+            _load_pyarrow()
+    known = [{"path": str(path), "sha256": sha256, "bytes": path.stat().st_size} for path, sha256 in zip(files, hashes, strict=True)]
     hub = [source.path, source.split, source.revision, source.config]
     contents = [(file["sha256"], data_suffix(path)) for file, path in zip(known, files, strict=True)]
     decides = [REVISION, kind, sorted((source.columns or {}).items()), contents or hub]
@@ -142,6 +146,15 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
     os.utime(folder)  # what is used stays in the cache
     report["files"] = known or [{"path": source.path, "sha256": "", "bytes": 0}]  # the same bytes may lie elsewhere now
     return Converted(folder, report)
+
+
+def _load_pyarrow() -> None:
+    """Load what conversion needs: once, while the files are hashed and before processes part, instead of in each of them."""
+    import pyarrow as pa
+
+    import align.data.fast  # noqa: F401
+
+    pa.array([0])  # pyarrow loads pandas at its first array
 
 
 def _safe(path: str) -> str:
@@ -171,11 +184,6 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
         counts = [convert_part(work) for work in works]
     else:
-        import pyarrow as pa
-
-        import align.data.fast  # noqa: F401
-
-        pa.array([0])  # pyarrow loads pandas at its first array: here once, before the processes part, instead of in each
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), context) as pool:
             counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))
