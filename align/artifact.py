@@ -82,12 +82,19 @@ class Artifact:
         )
 
     def chain(self) -> list[Artifact]:
-        """The policies it is stacked on, first to last, itself included. The first may hold a whole model."""
+        """The policies it is stacked on, first to last, itself included. The first may hold a whole model.
+
+        One whose form is 'composed' holds all adapters below it in its own, and takes their place.
+        """
         node: Artifact | None = self
         found: list[Artifact] = []
+        composed = False
         while node is not None:
-            found.insert(0, node)
-            node = None if node.facts["model"]["form"] == "full" else node.parent("policy")
+            form = node.facts["model"]["form"]
+            if form == "full" or not composed:
+                found.insert(0, node)
+            composed = composed or form == "composed"
+            node = None if form == "full" else node.parent("policy")
         return found
 
     @classmethod

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from align.errors import AlignError
 from align.settings import Settings
 
+LISTED = 60  # names in a message
+
 S = typing.TypeVar("S", bound=Settings)
 
 
@@ -53,7 +55,9 @@ def _explain(kind: type[Settings], problem: Any, where: str) -> str:
         parent = settings_at(kind, path[:-1]) or kind
         near = difflib.get_close_matches(path[-1], parent.model_fields, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{name}: there is no such setting.{hint} There are: {', '.join(parent.model_fields)}."
+        names = list(parent.model_fields)
+        there = f"There are: {', '.join(names)}." if len(names) <= LISTED else f"--help lists its {len(names)}."
+        return f"{name}: there is no such setting.{hint} {there}"
     field = field_at(kind, path)
     expected = describe_type(field) if field else problem["msg"]
     return f"{name}: {problem['input']!r} does not fit; expected {expected}."
@@ -86,7 +90,14 @@ def nested_settings(field: FieldInfo) -> type[Settings] | None:
 
 def describe_type(field: FieldInfo) -> str:
     """A field's type and bounds in words: 'a whole number of at least 1', 'one of linear, cosine'."""
-    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "none"}
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "none",
+        Any: "anything",
+    }
     options: tuple[Any, ...] = (field.annotation,)
     if typing.get_origin(field.annotation) in (types.UnionType, typing.Union):
         options = typing.get_args(field.annotation)

@@ -26,6 +26,7 @@ from align.settings import (
     Settings,
     SFTSettings,
 )
+from align.trl_settings import BY_REWARD, ROWS, settings_of
 
 DTYPES = ("bfloat16", "float32")
 RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
@@ -177,6 +178,34 @@ class Recipe:
         inputs: dict[str, tuple[Any, type[Handle]]] = {"policy": (policy, Policy)}
         inputs |= {part.role: (part.source, RewardModel) for part in rewards if "reward_model" in (part.kind, part.role)}
         return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings, rewards)
+
+    def trl(
+        self, *, trainer: str, data: Rows, policy: Policy = BASE, reward: Any = None, name: str | None = None, **settings: Any
+    ) -> Policy:
+        """One of TRL's own trainers on a policy: KTO, ORPO, CPO, RLOO, GRPO, and its SFT and DPO for comparison.
+
+        Args:
+            trainer: its name.
+            data: conversations (SFT), preferences (DPO, ORPO, CPO), replies that are each good or bad, or preferences (KTO), or
+                prompts (RLOO, GRPO).
+            policy: what it starts from, and the reference where there is one.
+            reward: of RLOO and GRPO: a function (prompt, completion, row) -> number, or several; see `align.rewards`.
+            name: of the stage; the trainer's name unless given.
+            **settings: TRL's own, by their names; see `--help`.
+        """
+        name = trainer.lower() if name is None else name
+        kind = settings_of(trainer)
+        rewards: tuple[Reward, ...] = ()
+        if trainer in BY_REWARD:
+            rewards = as_rewards(None, reward, name)
+            if other := next((part for part in rewards if part.kind != "function"), None):
+                raise AlignError(
+                    f"{name}: reward {other.name!r} is a {other.kind}; TRL is given functions. For others: recipe.ppo(estimator='rloo')."
+                )
+        elif reward is not None:
+            raise AlignError(f"{name}: TRL's {trainer} trainer takes no reward; {' and '.join(BY_REWARD)} do.")
+        inputs = {"policy": (policy, Policy)}
+        return self._declare(name, "trl", Policy, kind, inputs, {"data": (data, ROWS[trainer])}, {"trainer": trainer, **settings}, rewards)
 
     def sample(self, *, policy: Policy | Sequence[Policy], prompts: Rows, name: str = "sample", **settings: Any) -> Completions:
         """Several completions of each prompt, by one policy or by each of several."""
@@ -362,7 +391,7 @@ KINDS: dict[str, type[Handle]] = {  # of artifacts that a stage may be given
 }
 _MAKERS = {
     Judge: "a policy or a reward model",
-    Policy: "from recipe.sft, recipe.dpo, recipe.ppo or recipe.base",
+    Policy: "from recipe.sft, recipe.dpo, recipe.ppo, recipe.trl or recipe.base",
     RewardModel: "from recipe.reward",
     Completions: "from recipe.sample",
     Preferences: "from recipe.label, or a file",

@@ -1,4 +1,4 @@
-"""What rows of data become: conversations, preferences, prompts. Plain dictionaries, as JSON and chat templates have them."""
+"""What rows of data become: conversations, preferences, prompts, feedback. Plain dictionaries, as JSON and chat templates have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-Kind = Literal["conversation", "preference", "prompt"]
+Kind = Literal["conversation", "preference", "prompt", "feedback"]
 
 
 class Message(TypedDict):
@@ -41,6 +41,13 @@ class Preference(Prompt):
     chosen_probability: NotRequired[float]
     margin: NotRequired[float]
     source: NotRequired[str]
+
+
+class Feedback(Prompt):
+    """One reply to a prompt, and whether it is good."""
+
+    completion: list[Message]
+    label: bool
 
 
 def first_user_turn(messages: list[Message]) -> str:

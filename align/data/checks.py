@@ -37,16 +37,15 @@ def find_problem(record: Mapping[str, Any], kind: Kind) -> Problem | None:
     if kind == "conversation":
         return _bad_turns(record["messages"]) or _out_of_order(record["messages"], CONVERSATION, "assistant")
     problem = _bad_turns(record["prompt"]) or _out_of_order(record["prompt"], PROMPT, "user")
-    return problem or (_bad_preference(record) if kind == "preference" else None)
+    if problem or kind == "prompt":
+        return problem
+    return _bad_preference(record) if kind == "preference" else _bad_reply(record["completion"], "completion")
 
 
 def _bad_preference(record: Mapping[str, Any]) -> Problem | None:
     chosen, rejected = record["chosen"], record["rejected"]
-    for side, messages in (("chosen", chosen), ("rejected", rejected)):
-        if problem := _bad_turns(messages, side):
-            return problem
-        if [_letter(message) for message in messages] not in (["a"], ["c"]):
-            return Problem(f"{side} is not one turn of the assistant", _roles(messages))
+    if problem := _bad_reply(chosen, "chosen") or _bad_reply(rejected, "rejected"):
+        return problem
     if chosen == rejected or (
         chosen[0]["content"].strip() == rejected[0]["content"].strip() and chosen[0].get("tool_calls") == rejected[0].get("tool_calls")
     ):
@@ -56,6 +55,14 @@ def _bad_preference(record: Mapping[str, Any]) -> Problem | None:
         return Problem("chosen_probability is not a number from 0 to 1", repr(probability))
     if not _is_number(margin):
         return Problem("margin is not a finite number", repr(margin))
+    return None
+
+
+def _bad_reply(messages: Any, side: str) -> Problem | None:
+    if problem := _bad_turns(messages, side):
+        return problem
+    if [_letter(message) for message in messages] not in (["a"], ["c"]):
+        return Problem(f"{side} is not one turn of the assistant", _roles(messages))
     return None
 
 

@@ -11,6 +11,7 @@ from align.data.instructions import from_columns, from_messages, from_seeds, fro
 from align.data.preference_formats import chosen_and_rejected, has_unread_replies, recognise_preference
 from align.data.preferences import (
     from_columns_of_replies,
+    from_labelled,
     from_labels,
     from_lists_of_replies,
     from_rated_rows,
@@ -18,6 +19,7 @@ from align.data.preferences import (
     from_transcripts,
     from_votes,
     prompt_key,
+    sides_apart,
 )
 from align.data.refusal import check_mapping, other_kind, unknown
 from align.data.rows import Convert, Format, Kind, Unfit
@@ -66,7 +68,9 @@ def recognise(rows: Sequence[Mapping], kind: Kind | None, where: str, columns: M
     check_mapping(pins, seen, where)
     if any(whole <= pins.keys() for whole in _WHOLE) or (kind == "prompt" and "prompt" in pins):
         seen = {name: column for name, column in seen.items() if name in pins.values()}
-    found = _find(rows, seen, kind, pins)
+    found = _find(rows, seen, "preference" if kind == "feedback" else kind, pins)
+    if found is not None and kind == "feedback" and found.kind == "preference":
+        return _one_by_one(found)
     if found is None:
         raise unknown(look(rows), kind, where, pins)
     if kind and found.kind != kind:
@@ -77,9 +81,12 @@ def recognise(rows: Sequence[Mapping], kind: Kind | None, where: str, columns: M
 def converter(format: Format) -> Callable[[Mapping], list[dict]]:
     """Turns a row into canonical records; all that depends only on the format is looked up here, once.
 
-    The records are {"messages": [...]} or {"text": ...}, {"prompt", "chosen", "rejected"}, or {"prompt": [...]}, and the
-    function raises `Unfit` for a row that cannot be one. Where the format gathers, its rows are {"rows": [row, ...]}.
+    The records are {"messages": [...]} or {"text": ...}, {"prompt", "chosen", "rejected"}, {"prompt": [...]}, or {"prompt",
+    "completion", "label"}, and the function raises `Unfit` for a row that cannot be one. Where the format gathers, its rows
+    are {"rows": [row, ...]}.
     """
+    if format.kind == "feedback":
+        return from_labelled(format) if format.name == "unpaired" else sides_apart(converter(replace(format, kind="preference")))
     build = _builder(format)
     if format.kind != "prompt" or build in (from_columns, from_messages, from_seeds, from_text, from_trees):
         return build(format)
@@ -136,6 +143,13 @@ def _find(rows: Sequence[Mapping], seen: Mapping[str, Column], kind: Kind | None
     if talk and (kind == "conversation" or not unanswered):
         return talk
     return None if has_unread_replies(seen, pins) else recognise_prompts(rows, seen, pins)
+
+
+def _one_by_one(found: Format) -> Format:
+    """Preferences read as replies that are each good or bad."""
+    if found.name == "unpaired":
+        return replace(found, kind="feedback", gathers=False, why=f"{found.why.partition(';')[0]}.")
+    return replace(found, kind="feedback", why=f"{found.why[:-1]}; the better is good, the other bad.")
 
 
 def _find_prompts(rows: Sequence[Mapping], seen: Mapping[str, Column], pins: Mapping[str, str]) -> Format | None:

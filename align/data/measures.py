@@ -25,12 +25,15 @@ def measures(record: Mapping[str, Any], text: bytes, kind: Kind) -> tuple:
         key = _hash(record["text"]) - HALF
         return key, key, key, 0, len(record["text"]), 0, 1.0, 0.0
     messages = record["messages" if kind == "conversation" else "prompt"]
+    if kind == "feedback":
+        messages = [*messages, *record["completion"]]
     contents = [message["content"] for message in messages]
     key, characters, hashes = _hash(first_user_turn(messages)) - HALF, sum(map(len, contents)), list(map(_hash, contents))
     plain = "tools" not in record and max(map(len, messages)) == 2
     if kind != "preference":
-        prompt = _sequence(hashes[:-1] if kind == "conversation" else hashes)
-        return key, prompt, _sequence(hashes) if plain else xxh3_64_intdigest(text) - HALF, 0, characters, 0, 1.0, 0.0
+        prompt = _sequence(hashes if kind == "prompt" else hashes[:-1])
+        whole = _sequence(hashes) if plain and kind != "feedback" else xxh3_64_intdigest(text) - HALF
+        return key, prompt, whole, 0, characters, 0, 1.0, 0.0
     sides = record["chosen"][0], record["rejected"][0]
     chosen, rejected = (side["content"] for side in sides)
     prompt = _sequence(hashes)

@@ -174,6 +174,35 @@ def from_labels(format: Format) -> Convert:
     return convert
 
 
+def from_labelled(format: Format) -> Convert:
+    """Replies that are each labelled good or bad, one by one."""
+    split, label = _prompt_and_reply(format), format.column("label")
+
+    def convert(row: Mapping) -> list[dict]:
+        prompt, reply = split(row)
+        return [{"prompt": prompt, "completion": reply, "label": _is_good(row.get(label), label)}]
+
+    return convert
+
+
+def sides_apart(compare: Convert) -> Convert:
+    """The two sides of each preference as a good and a bad reply; of an undecided one, none."""
+
+    def convert(row: Mapping) -> list[dict]:
+        found = []
+        for record in compare(row):
+            probability = record.get("chosen_probability", 1.0)
+            shared = {field: record[field] for field in ("prompt", "tools") if field in record}
+            if probability != 0.5:
+                found += [
+                    {**shared, "completion": record[side], "label": (side == "chosen") == (probability > 0.5)}
+                    for side in ("chosen", "rejected")
+                ]
+        return found
+
+    return convert
+
+
 def from_rated_rows(format: Format) -> Convert:
     """One reply with its score a row, gathered by prompt: every two with different scores."""
     split, score, lower_is_better = _prompt_and_reply(format), format.column("score"), format.coding == "ranks"

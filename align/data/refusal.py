@@ -25,7 +25,8 @@ FIELDS: tuple[str, ...] = (
 )
 FIELDS += ("response_a", "response_b", "label", "score", "chosen_probability", "margin", "source")
 _NEEDS = {"conversation": "instructions with answers, or conversations", "preference": "preferences", "prompt": "prompts"}
-_USE = {"conversation": "data=", "preference": "preferences=", "prompt": "prompts="}
+_NEEDS["feedback"] = "replies that are each labelled good or bad, or preferences"
+_USE = {"conversation": "data=", "preference": "preferences=", "prompt": "prompts=", "feedback": "data= of recipe.trl"}
 _ABOUT_THE_ROW = {
     "id",
     "idx",
@@ -98,9 +99,12 @@ def other_kind(found: Format, kind: Kind, where: str, seen: Mapping[str, Column]
         return AlignError(f"{about}\n  A preference file is used as preferences={train}.")
     fields = {
         "prompt": found.column("prompt") or "...",
-        **dict.fromkeys(("chosen", "rejected") if kind == "preference" else ("completion",), "..."),
+        **dict.fromkeys({"preference": ("chosen", "rejected"), "feedback": ("completion", "label")}.get(kind, ("completion",)), "..."),
     }
-    lacks = "no second reply to compare with, and nothing that says which is better" if kind == "preference" else "no replies to train on"
+    lacks = {
+        "preference": "no second reply to compare with, and nothing that says which is better",
+        "feedback": "nothing that says which replies are good",
+    }.get(kind, "no replies to train on")
     return AlignError(f"{about}\n  It has {lacks}. Use it as {_USE[found.kind]}, or name what is missing with {mapping_to_try(fields)}")
 
 
@@ -158,7 +162,8 @@ def _guess(seen: Mapping[str, Column], kind: Kind | None, pins: Mapping[str, str
         short = [name for name, column in seen.items() if column.holds in ("number", "text", "flag") and "id" not in column.words]
         label = next((name for name in short if name not in (*replies, prompt)), "...")
         return {**({"prompt": prompt} if prompt else {}), "response_a": replies[0], "response_b": replies[1], "label": label}
-    fields = {"preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}.get(str(kind), ("prompt", "completion"))
+    of_kind = {"preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",), "feedback": ("prompt", "completion", "label")}
+    fields = of_kind.get(str(kind), ("prompt", "completion"))
     if kind is None and (chosen or rejected):
         fields = ("prompt", "chosen", "rejected")
     known = {"chosen": chosen, "rejected": rejected}

@@ -89,9 +89,14 @@ class FunctionReward:
 
     def __call__(self, sampled: Sequence[Sampled], rows: Sequence[Row]) -> Tensor:
         """Call it for every completion."""
-        return torch.tensor([self._score(one.prompt, text) for one in sampled for text in one.texts])
+        return torch.tensor([self.score(one.prompt, text) for one in sampled for text in one.texts])
 
-    def _score(self, prompt: PromptRow, text: str) -> float:
+    def score(self, prompt: PromptRow, text: str) -> float:
+        """Call it for one.
+
+        Raises:
+            RewardFailure: where it raises, or gives no number.
+        """
         try:
             score = self.function(prompt.messages, text, prompt.row)
         except Exception as error:  # a recipe's function may raise anything, and an hour's work must outlive it

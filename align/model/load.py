@@ -67,7 +67,7 @@ def load_role(trunk: Trunk, artifact: Artifact | None) -> Role:
         return Role()
     names = []
     for layer in artifact.chain():
-        if layer.facts["model"]["form"] == "adapter":
+        if layer.facts["model"]["form"] != "full":
             name = f"{layer.name}-{layer.identity[:8]}"
             if trunk.peft is None or name not in trunk.peft.peft_config:
                 trunk.load_adapter(name, layer.folder / ADAPTER)
