@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 from align.data.sources import Source
 from align.errors import AlignError
 from align.recipe import Completions, Conversations, Evaluation, Policy, Preferences, Recipe, RewardModel
+from align.rewards import judged
 from align.settings import Lora
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RewardModel",
     "Source",
     "__version__",
+    "judged",
 ]
 
 __version__ = "0.1.0"

@@ -169,7 +169,7 @@ class Recipe:
             prompts: what it answers.
             reward_model: from recipe.reward, on the same base as the policy.
             reward: a function (prompt, completion, row) -> number, the folder or hub id of a sequence classifier, a reward model,
-                or a list or dict of these, each alone or as a pair with its weight; see `align.rewards`.
+                a judge (`align.judged`), or a list or dict of these, each alone or as a pair with its weight; see `align.rewards`.
             policy: what it starts from, and the reference.
             name: of the stage.
             **settings: see `--help`.
@@ -177,6 +177,9 @@ class Recipe:
         rewards = as_rewards(reward_model, reward, name)
         inputs: dict[str, tuple[Any, type[Handle]]] = {"policy": (policy, Policy)}
         inputs |= {part.role: (part.source, RewardModel) for part in rewards if "reward_model" in (part.kind, part.role)}
+        inputs |= {
+            part.role: (part.source.spec, Policy) for part in rewards if part.kind == "judge" and isinstance(part.source.spec, Handle)
+        }
         return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings, rewards)
 
     def trl(

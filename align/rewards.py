@@ -1,9 +1,10 @@
-"""What a policy is rewarded for, as a recipe declares it: reward models, Python functions, and weighted sums of them. Imports no torch.
+"""What a policy is rewarded for, as a recipe declares it: reward models, Python functions, judges, weighted sums of them. Imports no torch.
 
 recipe.ppo(reward_model=reward_model, ...)                 one reward model of this recipe or of another run
 recipe.ppo(reward=one_sentence, ...)                       a function (prompt, completion, row) -> number
 recipe.ppo(reward=[(reward_model, 0.5), one_sentence])     a weighted sum; each part is named after what it is
 recipe.ppo(reward={"kind": "org/any-reward-model"})        a sequence classifier of any tokenizer, under a name of its own
+recipe.ppo(reward=judged("http://localhost:8000/v1#name")) a judge that scores each completion by a rubric (d-RLAIF)
 """
 
 from __future__ import annotations
@@ -20,8 +21,54 @@ from typing import Any, Literal
 
 from align.base import find_base
 from align.errors import AlignError
+from align.judge.open import fitting_template, judge_identity
+from align.overrides import build
+from align.settings import JudgeSettings
 
-EXPECTED = "a reward model, a function (prompt, completion, row) -> number, or the folder or hub id of a sequence classifier"
+EXPECTED = "a reward model, a function (prompt, completion, row) -> number, judged(...), or the folder or hub id of a sequence classifier"
+
+
+@dataclass(frozen=True)
+class JudgeReward:
+    """A judge that scores completions one by one, as `judged` makes it."""
+
+    spec: Any  # a policy's handle, or what a user writes
+    settings: JudgeSettings
+
+    @property
+    def name(self) -> str:
+        """What the reward is called unless given a name."""
+        return "judge"
+
+    def facts(self) -> dict[str, Any]:
+        """What decides its scores, but for a policy of the recipe, which is a parent of the stage."""
+        facts = {"settings": self.settings.deciding(), "template": fitting_template(self.settings).fingerprint}
+        return {**facts, "identity": judge_identity(self.spec)} if isinstance(self.spec, str) else facts
+
+
+def judged(spec: Any, **settings: Any) -> JudgeReward:
+    """A judge as PPO's reward: each completion's score by a rubric, from -1 for the lowest to 1 for the highest.
+
+    Where the judge gives log-probabilities it is the mean of the scores it might give (d-RLAIF, arXiv 2309.00267, sec. 3.2).
+
+    Args:
+        spec: a policy of the recipe, 'embedded' or another base, the folder of a policy, or an endpoint 'http://host:port/v1#model'.
+        **settings: of the judge (template, max_unparsed, concurrency, ...); the template is prompts/judge_score.txt unless given.
+
+    Raises:
+        AlignError: where a setting does not fit, or the template is not one that scores.
+    """
+    spec = os.fspath(spec) if isinstance(spec, os.PathLike) else spec
+    if not (isinstance(spec, str) or hasattr(spec, "artifact")):
+        raise AlignError(
+            f"judged: {spec!r} names no judge; expected a policy, a base, a folder or an endpoint 'http://host:port/v1#model'."
+        )
+    made = JudgeReward(spec, build(JudgeSettings, {"template": "prompts/judge_score.txt", **settings}, "judged"))
+    if made.settings.constitution is not None:
+        raise AlignError("judged: a completion is scored by the template's own rubric; leave constitution= out.")
+    if (template := fitting_template(made.settings)).kind != "score":
+        raise AlignError(f"judged: {template.path} is for pairs; expected a template that scores one completion (kind: score).")
+    return made
 
 
 @dataclass(frozen=True)
@@ -34,10 +81,12 @@ class Reward:
     role: str = ""  # of a reward model among the stage's inputs
 
     @property
-    def kind(self) -> Literal["function", "classifier", "reward_model"]:
+    def kind(self) -> Literal["function", "classifier", "judge", "reward_model"]:
         """What it is."""
         if isinstance(self.source, str):
             return "classifier"
+        if isinstance(self.source, JudgeReward):
+            return "judge"
         return "function" if inspect.isfunction(self.source) else "reward_model"
 
     def facts(self, stage: str) -> dict[str, Any]:
@@ -54,6 +103,8 @@ class Reward:
                 return {**facts, "identity": find_base(self.source).identity, "source": self.source}
             except AlignError as error:
                 raise AlignError(f"{stage}: reward {self.name!r}: {error}") from None
+        if self.kind == "judge":
+            return {**facts, "role": self.role, **self.source.facts()}
         return {**facts, "role": self.role}  # a parent of the stage, which has its identity
 
 
@@ -75,7 +126,7 @@ def as_rewards(reward_model: Any, reward: Any, stage: str) -> tuple[Reward, ...]
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise AlignError(f"{stage}: the weight of reward {given or source!r} is {weight!r}; expected a number.")
         source = os.fspath(source) if isinstance(source, os.PathLike) else source
-        if not (isinstance(source, str) or inspect.isfunction(source) or hasattr(source, "artifact")):
+        if not (isinstance(source, str | JudgeReward) or inspect.isfunction(source) or hasattr(source, "artifact")):
             raise AlignError(f"{stage}: reward is {source!r}; expected {EXPECTED}, or a list or a dict of these.")
         name = given or _name(source)
         if not isinstance(name, str) or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():

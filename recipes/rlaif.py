@@ -12,7 +12,7 @@ judge = recipe.reward(name="judge", policy=sft, preferences="datasets/preference
 completions = recipe.sample(policy=sft, prompts="datasets/prompts.jsonl")
 labels = recipe.label(completions=completions, judge=judge, gold="datasets/preferences.jsonl")
 reward_model = recipe.reward(policy=sft, preferences=labels)
-ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=7, kl_coef=0.02)
+ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=7, learning_rate=1e-3, kl_coef=0.03)
 recipe.evaluate(policies=[sft, ppo], prompts="datasets/heldout_prompts.jsonl", reward_model=judge)
 
 if __name__ == "__main__":

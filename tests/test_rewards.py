@@ -7,7 +7,7 @@ from align import Recipe
 from align.errors import AlignError
 from align.plan import make_plan
 from align.recipe import RewardModel
-from align.rewards import as_rewards, function_identity
+from align.rewards import as_rewards, function_identity, judged
 
 MODEL = RewardModel("helpful")
 
@@ -29,6 +29,27 @@ def refused(call, *arguments, **keywords):
 
 def told(reward, model=None):
     return [(part.name, part.weight, part.kind, part.role) for part in as_rewards(model, reward, "ppo")]
+
+
+def test_a_judge_is_part_of_the_identity_with_its_template_and_settings(tiny_base):
+    one, same, other = judged(str(tiny_base)), judged(tiny_base), judged(str(tiny_base), max_unparsed=0.5)
+    facts = [as_rewards(None, reward, "ppo")[0].facts("ppo") for reward in (one, same, other)]
+    assert facts[0] == facts[1] != facts[2]
+    assert (facts[0]["kind"], facts[0]["name"]) == ("judge", "judge")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"spec": 3}, r"judged: 3 names no judge; expected a policy, a base"),
+        ({"spec": "embedded", "template": "prompts/judge_pair.txt"}, r"judge_pair\.txt is for pairs; expected a template that scores"),
+        ({"spec": "embedded", "constitution": "prompts/constitution.txt"}, r"leave constitution= out"),
+        ({"spec": "embedded", "templat": "x"}, r"judged\.templat: there is no such setting. Did you mean 'template'\?"),
+    ],
+)
+def test_what_is_no_scoring_judge_is_refused(given, told):
+    with pytest.raises(AlignError, match=told):
+        judged(**given)
 
 
 def test_each_way_of_naming_rewards():

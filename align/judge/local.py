@@ -64,6 +64,10 @@ class LocalJudge:
         trunk, chat = open_trunk(self.base, self.artifact, self.dtype)
         return trunk, chat, load_role(trunk, self.artifact)
 
+    def stand_on(self, trunk: Trunk, chat: Chat) -> None:
+        """Judge on weights that are in memory already, which must be those it would load."""
+        self._loaded = trunk, chat, load_role(trunk, self.artifact)
+
     @cached_property
     def _answers(self) -> dict[str, Ids]:
         """The tokens that tell each answer: its first of a pair, all of a score with the one that ends the turn."""

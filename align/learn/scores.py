@@ -1,4 +1,4 @@
-"""Scoring completions: by a reward model on the trunk, a Python function, or a sequence classifier of any tokenizer."""
+"""Scoring completions: by a reward model on the trunk, a Python function, a judge, or a sequence classifier of any tokenizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.errors import AlignError
+from align.judge.judgement import Judge, Question, Reply
+from align.judge.open import fitting_template
 from align.learn.prompts import PromptRow
 from align.learn.rollouts import Sampled
 from align.model.forward import forward_head
 from align.model.packing import Row
 from align.model.trunk import Role, Trunk
+from align.records import Message
+from align.settings import JudgeSettings
 
 Scorer = Callable[[Sequence[Sampled], Sequence[Row]], Tensor]  # a round's prompts and their packed rows -> (completion,)
 TEXTS_AT_ONCE = 8
@@ -107,6 +111,46 @@ class FunctionReward:
             return float(score)
         except (TypeError, ValueError):
             raise _failure(self.name, self.where(prompt), text, f"returned {score!r}; expected a number") from None
+
+
+class JudgedReward:
+    """A judge's score of each completion by its rubric, from -1 to 1. One whose reply cannot be read gets the mean of the others.
+
+    The mean neither rewards nor punishes: unknown is not zero. Too many of them stop the run.
+    """
+
+    def __init__(self, name: str, judge: Judge, settings: JudgeSettings):
+        """`judge` scores completions by themselves."""
+        self.name, self.judge, self.settings = name, judge, settings
+        template = fitting_template(settings)
+        self.middle, self.half = (template.lowest + template.highest) / 2, (template.highest - template.lowest) / 2
+
+    def __call__(self, sampled: Sequence[Sampled], rows: Sequence[Row]) -> Tensor:
+        """Ask about every completion.
+
+        Raises:
+            RewardFailure: where more than `max_unparsed` of the replies say no score.
+        """
+        questions = [Question(one.prompt.messages, [Message(role="assistant", content=text)]) for one in sampled for text in one.texts]
+        scores, raw = [float("nan")] * len(questions), ""
+
+        def on_reply(place: int, reply: Reply) -> None:
+            nonlocal raw
+            if reply.score is not None:
+                scores[place] = (reply.score - self.middle) / self.half
+            else:
+                raw = reply.raw
+
+        self.judge.ask(questions, on_reply)
+        found = torch.tensor(scores)
+        unread = found.isnan()
+        if unread.all() or float(unread.float().mean()) > self.settings.max_unparsed:
+            raise RewardFailure(
+                f"reward {self.name!r}: of {len(questions)} replies of the judge {int(unread.sum())} say no score, such as {raw[:80]!r}; "
+                f"max_unparsed is {self.settings.max_unparsed:g}. The rounds before are kept. Ask a stronger judge, or in other words "
+                "(judged(..., template=...))."
+            )
+        return found.where(~unread, found[~unread].mean())
 
 
 class ClassifierReward:

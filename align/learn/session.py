@@ -8,9 +8,12 @@ import torch
 
 from align.artifact import Artifact
 from align.errors import AlignError
+from align.judge.judgement import Judge
+from align.judge.local import LocalJudge
+from align.judge.open import open_judge
 from align.learn.optimise import make_optimizer
 from align.learn.prompts import PromptRow, read_prompts
-from align.learn.scores import ClassifierReward, FunctionReward, Scorer, TrunkReward
+from align.learn.scores import ClassifierReward, FunctionReward, JudgedReward, Scorer, TrunkReward
 from align.learn.updates import Learner
 from align.model.load import Sampler, load_role, open_trainee, root_identity
 from align.model.trunk import Head, Role, Trunk, native_dtype
@@ -47,7 +50,7 @@ class Session:
 def open_session(job: Job) -> Session:
     """Load everything. The same adapter is never loaded twice, and none for a value that the estimator does not need."""
     settings: PPOSettings = job.settings
-    models = {role: artifact for role, artifact in job.parents.items() if role != "policy" and artifact is not None}
+    models = {role: artifact for role, artifact in job.parents.items() if artifact is not None and artifact.kind == "reward_model"}
     for artifact in models.values():
         check_same_trunk(job, artifact)
     trainee = open_trainee(job)
@@ -84,7 +87,19 @@ def _scorer(session: Session, reward: Reward, roles: dict[str, Role]) -> Scorer:
     if reward.kind == "classifier":
         dtype = getattr(torch, job.dtype) if job.dtype else native_dtype(trunk.device)
         return ClassifierReward(reward.name, reward.source, dtype, trunk.device)
+    if reward.kind == "judge":
+        return JudgedReward(reward.name, _judge(session, reward), reward.source.settings)
     return TrunkReward(trunk, roles[reward.role])
+
+
+def _judge(session: Session, reward: Reward) -> Judge:
+    """The judge, on the policy's own trunk where that is what it stands on: the weights are not loaded twice."""
+    job, trainee, spec = session.job, session.learner.trainee, reward.source.spec
+    given = spec if isinstance(spec, str) else job.parents[reward.role] or job.base
+    judge = open_judge(given, reward.source.settings, dtype=job.dtype)
+    if isinstance(judge, LocalJudge) and root_identity(judge.base, judge.artifact) == root_identity(job.base, job.parents["policy"]):
+        judge.stand_on(trainee.trunk, trainee.chat)
+    return judge
 
 
 def check_same_trunk(job: Job, reward_model: Artifact) -> None:

@@ -6,11 +6,13 @@ from conftest import TEMPLATE, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from align.errors import AlignError
+from align.judge.judgement import Reply
 from align.learn.prompts import PromptRow
 from align.learn.rollouts import Sampled
-from align.learn.scores import ClassifierReward, FunctionReward, RewardFailure, score_parts
+from align.learn.scores import ClassifierReward, FunctionReward, JudgedReward, RewardFailure, score_parts
 from align.model.generate import Completion
 from align.model.packing import Example
+from align.settings import JudgeSettings
 
 OTHER = TEMPLATE.replace("<|{{ m.role }}|>\n", "<|{{ m.role }}|> ").replace("<|assistant|>\n", "<|assistant|> ")
 SIZES = {
@@ -137,6 +139,45 @@ def test_a_template_that_changes_the_reply_cannot_show_a_cut_one(tmp_path):
     assert len(reward([sampled("red")], [])) == 1
     with pytest.raises(RewardFailure, match="its chat template changes the reply 'red', so a cut one cannot be shown"):
         reward([sampled("red", cut={0})], [])
+
+
+class Rubric:
+    """Gives these scores, one question after the other; none where its reply says none."""
+
+    name, model, template, pointwise = "rubric", "", "", True
+
+    def __init__(self, *scores):
+        self.scores, self.asked = scores, []
+
+    def ask(self, questions, on_reply):
+        self.asked += questions
+        for place, score in reversed(list(enumerate(self.scores))):
+            on_reply(place, Reply("tie" if score else "unparsed", f"I say {score}", score=score))
+
+
+def judged_by(*scores, **settings):
+    return JudgedReward("judge", Rubric(*scores), JudgeSettings(template="prompts/judge_score.txt", **settings))
+
+
+FOUR = [sampled("red", "blue"), sampled("green", "", cut=(1,))]
+
+
+def test_a_judge_s_scores_go_from_minus_1_to_1():
+    scorer = judged_by(1.0, 10.0, 5.5, 7.0)
+    assert scorer(FOUR, []).tolist() == pytest.approx([-1, 1, 0, 1 / 3])
+    assert [question.first[0]["content"] for question in scorer.judge.asked] == ["red", "blue", "green", ""]
+    assert all(question.second is None for question in scorer.judge.asked)
+
+
+def test_a_completion_that_the_judge_does_not_score_gets_the_mean_of_the_others():
+    assert judged_by(None, 10.0, 10.0, 1.0, max_unparsed=0.5)(FOUR, []).tolist() == pytest.approx([1 / 3, 1, 1, -1])
+
+
+@pytest.mark.parametrize("scores", [(None, None, 3.0, 4.0), (None, None, None, None)])
+def test_too_many_replies_without_a_score_stop_the_run(scores):
+    unread = scores.count(None)
+    with pytest.raises(RewardFailure, match=rf"reward 'judge': of 4 replies of the judge {unread} say no score, such as 'I say None'"):
+        judged_by(*scores)(FOUR, [])
 
 
 def test_a_function_gets_messages_text_and_row():

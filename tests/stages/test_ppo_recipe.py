@@ -2,6 +2,7 @@
 
 import functools
 import json
+import random
 import re
 import signal
 from pathlib import Path
@@ -10,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_tokenizer, write_rows
-from processes import align
+from processes import align, start
 from safetensors.torch import load_file
 from test_run import contents, kill_at_call, kill_at_step, kill_in_checkpoint
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from align import AlignError, Lora, Recipe
+from align import AlignError, Lora, Recipe, judged
 from align.artifact import Artifact
 from align.base import Base
 from align.learn import session as session_module
@@ -100,6 +101,24 @@ def test_a_sum_of_all_kinds_of_rewards_is_logged_by_name(estimator, tiny_base, s
     facts = Artifact.open(run / "ppo").facts
     assert [(part["name"], part["weight"]) for part in facts["rewards"]] == [("reward", 1.0), ("length", -0.01), ("kind", 0.5)]
     assert set(facts["parents"]) == {"policy", "reward_model"}
+
+
+def test_a_judge_scores_on_the_policy_s_own_weights(tiny_base, small_run, data, tmp_path, monkeypatch):
+    from align.model.trunk import Trunk
+
+    loaded, load = [], Trunk.load
+    monkeypatch.setattr(Trunk, "load", lambda *arguments, **named: loaded.append(1) or load(*arguments, **named))
+    recipe = Recipe("ppo", base=str(tiny_base), dtype="float32")
+    sft = recipe.load(small_run / "sft")
+    rewards = {"base": judged(str(tiny_base)), "sft": (judged(sft), 0.5)}
+    recipe.ppo(policy=sft, prompts=data / "prompts.jsonl", reward=rewards, **SMALL)
+    recipe.run(tmp_path)
+    assert len(loaded) == 1
+    for line in rounds_of(tmp_path / "ppo"):
+        assert -1 <= line["score/base"] <= 1
+        assert line["raw_score"] == pytest.approx(line["score/base"] + 0.5 * line["score/sft"], abs=1e-6)
+    assert [part["kind"] for part in Artifact.open(tmp_path / "ppo").facts["rewards"]] == ["judge", "judge"]
+    assert make_plan(recipe, tmp_path)[0].state == "done"
 
 
 def test_a_reward_model_alone_is_the_same_by_either_name(tiny_base, small_run, data, tmp_path):
@@ -317,3 +336,24 @@ def test_a_killed_run_with_every_kind_of_state_makes_the_same_bytes(moment, ever
     for name in ("evaluations", "best_round", "kl_coef", "score", "kl"):
         assert facts["metrics"][name] == undisturbed["metrics"][name], name
     assert facts["checks"] == undisturbed["checks"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_in_a_row_at_random_moments_makes_the_same_bytes(everything, tmp_path):
+    """Ten kills of one run, each after a random while: before its first round, in the middle of any, or at its end."""
+    command = ("run", everything.script, "--set", "ppo.iterations=40", "--set", "ppo.save_every=1")
+    assert align(*command, "--out", "undisturbed", folder=tmp_path).code == 0
+    moments, kills = random.Random(0), 0
+    while kills < 10:
+        running = start(*command, "--out", "run", folder=tmp_path)
+        running.process.join(moments.uniform(0.5, 4))
+        if running.process.exitcode is None:
+            running.process.kill()
+            kills += 1
+        elif kills < 10:
+            assert running.end().code == 0
+            pytest.fail(f"the run had ended after {kills} kills: too short a run for this test")
+        running.process.join()
+    ended = align(*command, "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed") != {}
