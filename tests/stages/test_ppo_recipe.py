@@ -106,19 +106,22 @@ def test_a_sum_of_all_kinds_of_rewards_is_logged_by_name(estimator, tiny_base, s
 def test_a_judge_scores_on_the_policy_s_own_weights(tiny_base, small_run, data, tmp_path, monkeypatch):
     from align.model.trunk import Trunk
 
+    rubric = tmp_path / "rubric.txt"  # shorter than the model's context, as the shipped one is not
+    rubric.write_text("kind: score\nlowest: 1\nhighest: 10\nreply: verdict\n---\n[user]\nFrom 1 to 10: $prompt $completion\n")
     loaded, load = [], Trunk.load
+    monkeypatch.setattr("align.judge.verdict.FLOOR", 0.0)  # a random model gives its answers next to no probability
     monkeypatch.setattr(Trunk, "load", lambda *arguments, **named: loaded.append(1) or load(*arguments, **named))
     recipe = Recipe("ppo", base=str(tiny_base), dtype="float32")
     sft = recipe.load(small_run / "sft")
-    rewards = {"base": judged(str(tiny_base)), "sft": (judged(sft), 0.5)}
+    rewards = {"base": judged(str(tiny_base), template=str(rubric)), "sft": (judged(sft, template=str(rubric)), 0.5)}
     recipe.ppo(policy=sft, prompts=data / "prompts.jsonl", reward=rewards, **SMALL)
-    recipe.run(tmp_path)
+    recipe.run(tmp_path / "run")
     assert len(loaded) == 1
-    for line in rounds_of(tmp_path / "ppo"):
+    for line in rounds_of(tmp_path / "run" / "ppo"):
         assert -1 <= line["score/base"] <= 1
         assert line["raw_score"] == pytest.approx(line["score/base"] + 0.5 * line["score/sft"], abs=1e-6)
-    assert [part["kind"] for part in Artifact.open(tmp_path / "ppo").facts["rewards"]] == ["judge", "judge"]
-    assert make_plan(recipe, tmp_path)[0].state == "done"
+    assert [part["kind"] for part in Artifact.open(tmp_path / "run" / "ppo").facts["rewards"]] == ["judge", "judge"]
+    assert make_plan(recipe, tmp_path / "run")[0].state == "done"
 
 
 def test_a_reward_model_alone_is_the_same_by_either_name(tiny_base, small_run, data, tmp_path):

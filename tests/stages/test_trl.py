@@ -77,17 +77,17 @@ def test_a_composed_adapter_adds_what_the_stack_adds(made, tmp_path):
 
 
 def test_composing_adapters_of_different_layers(trunk, tmp_path):
-    for name, targets, rank in (("a", ("q_proj", "v_proj"), 3), ("b", ("v_proj", "down_proj"), 5)):
+    for name, targets, rank in (("one", ("q_proj", "v_proj"), 3), ("two", ("v_proj", "down_proj"), 5)):
         trunk.add_adapter(name, Lora(targets=targets, rank=rank), 0)
         randomise(trunk, name, seed=rank)
         trunk.save_adapter(name, tmp_path / name)
-    config, weights = compose([tmp_path / "a", tmp_path / "b"])
+    config, weights = compose([tmp_path / "one", tmp_path / "two"])
     assert config.r == 8
     assert {weights[name].shape[0] for name in weights if name.endswith(A)} == {8}
-    save_composed([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    save_composed([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     trunk.load_adapter("both", tmp_path / "both")
     ids = torch.arange(5, 25)[None]
-    with torch.no_grad(), trunk.switched_to(Role(("a", "b"))):
+    with torch.no_grad(), trunk.switched_to(Role(("one", "two"))):
         stack = trunk.model(ids).logits
     with torch.no_grad(), trunk.switched_to(Role(("both",))):
         torch.testing.assert_close(trunk.model(ids).logits, stack, atol=1e-5, rtol=1e-5)
