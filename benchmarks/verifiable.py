@@ -1,0 +1,99 @@
+"""Learning that needs no judge: answers of one sentence that ends in a full stop and has fewer than 20 words, on SmolLM2.
+
+    python benchmarks/verifiable.py                          PPO and RLOO, three seeds each; about 40 minutes on two cores
+    python benchmarks/verifiable.py --estimators gae --seeds 0 --out runs/verifiable
+
+The reward is 1 for such an answer and 0 for any other. Success is its share on the held-out prompts, one sampled answer each,
+measured before the first round and every fourth round. Writes curves.png and results.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from align import Recipe
+from align.artifact import Artifact
+
+FULL_STOPS = (".", "!", "?")
+
+
+def one_short_sentence(prompt, completion, row):
+    """1 for a single sentence of fewer than 20 words that ends in a full stop, else 0."""
+    text = completion.strip()
+    inner = sum(text[:-1].count(mark + " ") for mark in FULL_STOPS) + text.count("\n")
+    return float(text.endswith(".") and inner == 0 and 0 < len(text.split()) < 20)
+
+
+def run(estimator: str, seed: int, out: Path, settings: dict) -> dict:
+    """Train from the embedded model itself and return what its evaluations saw."""
+    recipe = Recipe(f"verifiable-{estimator}-{seed}", base="embedded", seed=seed)
+    recipe.ppo(prompts="datasets/prompts.jsonl", reward=one_short_sentence, estimator=estimator, **settings)
+    folder = recipe.run(out / f"{estimator}-{seed}")
+    facts = Artifact.open(folder / "ppo").facts
+    points = facts["metrics"]["evaluations"]
+    rounds = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    seconds = {0: 0.0, **{line["step"]: line["seconds"] for line in rounds}}
+    return {
+        "estimator": estimator,
+        "seed": seed,
+        "seconds": facts["seconds"],
+        "points": [{**point, "seconds": seconds[point["round"]]} for point in points],
+    }
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Success against minutes, a line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    colours = {"gae": "tab:blue", "rloo": "tab:orange", "grpo": "tab:green", "reinforce++": "tab:red", "dr_grpo": "tab:purple"}
+    for result in results:
+        minutes = [point["seconds"] / 60 for point in result["points"]]
+        label = {"gae": "PPO"}.get(result["estimator"], result["estimator"].upper())
+        shares = [100 * point["score/one_short_sentence"] for point in result["points"]]
+        axes.plot(minutes, shares, color=colours[result["estimator"]], marker=".", label=f"{label}, seed {result['seed']}", alpha=0.8)
+    axes.axhline(90, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="minutes", ylabel="held-out answers of one short sentence (%)", ylim=(0, 100))
+    axes.legend(fontsize="small", loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--estimators", nargs="+", default=["gae", "rloo"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/verifiable"))
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="another setting of PPO; repeatable")
+    options = parser.parse_args()
+    settings = {
+        "iterations": 16,
+        "prompts_per_iteration": 12,
+        "completions_per_prompt": 4,
+        "max_new_tokens": 48,
+        "temperature": 1.0,
+        "learning_rate": 1e-3,
+        "value_learning_rate": 1e-3,
+        "kl_coef": 0.01,
+        "missing_eos_score": 0.0,
+        "holdout": 0.2,
+        "eval_every": 4,
+        "max_heldout": 48,
+    }
+    from align.overrides import parse_value
+
+    settings |= {name: parse_value(value) for name, value in (text.split("=", 1) for text in options.set)}
+    results = [run(estimator, seed, options.out, settings) for seed in options.seeds for estimator in options.estimators]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, options.out / "curves.png")
+    for result in results:
+        shares = ", ".join(f"{100 * point['score/one_short_sentence']:.0f}%" for point in result["points"])
+        kl = result["points"][-1]["kl"]
+        print(f"{result['estimator']} seed {result['seed']}: {shares} in {result['seconds'] / 60:.1f} min, KL {kl:.1f} nats at the end")
+
+
+if __name__ == "__main__":
+    main()
