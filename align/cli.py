@@ -61,6 +61,11 @@ def _dispatch(arguments: list[str]) -> None:
     chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    give = commands.add_parser("export", help="a policy for transformers and peft, or llama.cpp: one adapter, merged weights, GGUF")
+    give.add_argument("policy", type=Path, help="a stage's folder, or a run's (its last policy)")
+    give.add_argument("--to", choices=("adapter", "merged", "gguf"), default="merged", help="the form (default: merged)")
+    give.add_argument("--out", type=Path, metavar="FOLDER", help="where to (default: RUN/exports/STAGE-FORM)")
+    give.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of merged weights (default: bfloat16)")
     _inspect_options(commands)
     _judge_options(commands, arguments)
     options = parser.parse_args(arguments)
@@ -74,6 +79,11 @@ def _dispatch(arguments: list[str]) -> None:
         from align.judge.label_cli import run_label
 
         run_label(options)
+    elif options.command == "export":
+        from align.export import export
+        from align.progress import say
+
+        say(f"exported to {export(options.policy, options.to, options.out, options.dtype)}")
     elif options.command == "show":
         from align.show import show_run
 

@@ -13,6 +13,7 @@ SHOWN = {  # stage kind -> one panel each: (title, metrics)
         ("accuracy", ("accuracy", "heldout_accuracy")),
         ("log-ratio to the reference, times beta", ("chosen_reward", "rejected_reward")),
     ),
+    "trl": (("loss", ("loss",)), ("reward", ("reward", "rewards/margins")), ("gradient norm", ("grad_norm",))),
     "ppo": (
         ("score", ("score",)),
         ("KL to the reference, nats per completion", ("kl",)),

@@ -70,7 +70,10 @@ def test_each_way_of_naming_rewards():
     [
         (None, "ppo: nothing scores its completions. Give reward_model= or reward=: a reward model, a function"),
         ([], "ppo: nothing scores its completions."),
-        (3, "ppo: reward is 3; expected a reward model, a function (prompt, completion, row) -> number, judged(...), or the folder or hub id"),
+        (
+            3,
+            "ppo: reward is 3; expected a reward model, a function (prompt, completion, row) -> number, judged(...), or the folder or",
+        ),
         (functools.partial(short, row={}), "ppo: reward is functools.partial("),
         ([short, short], "ppo: two rewards are named 'short'. Name them yourself"),
         ({"a b": short}, "ppo: the reward name 'a b' may hold letters, digits, '-', '_' and '.' only."),
