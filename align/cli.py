@@ -61,6 +61,11 @@ def _dispatch(arguments: list[str]) -> None:
     chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    tell = commands.add_parser("report", help="a run as one HTML page: what was run, what it cost, whether it is better")
+    tell.add_argument("run", type=Path, help="a run's folder")
+    tell.add_argument("other", type=Path, nargs="?", help="a second run, to be put beside it")
+    tell.add_argument("--out", type=Path, metavar="FILE", help="where to (default: RUN/report.html)")
+    tell.add_argument("--json", action="store_true", help="print the facts as JSON instead")
     give = commands.add_parser("export", help="a policy for transformers and peft, or llama.cpp: one adapter, merged weights, GGUF")
     give.add_argument("policy", type=Path, help="a stage's folder, or a run's (its last policy)")
     give.add_argument("--to", choices=("adapter", "merged", "gguf"), default="merged", help="the form (default: merged)")
@@ -84,6 +89,8 @@ def _dispatch(arguments: list[str]) -> None:
         from align.progress import say
 
         say(f"exported to {export(options.policy, options.to, options.out, options.dtype)}")
+    elif options.command == "report":
+        _report(options)
     elif options.command == "show":
         from align.show import show_run
 
@@ -148,6 +155,18 @@ def _inspect(options: argparse.Namespace) -> None:
     inspect(Wanted(source, near=options.near_duplicates, as_json=options.json, **chosen))
 
 
+def _report(options: argparse.Namespace) -> None:
+    from align.report.facts import run_facts
+    from align.report.page import write_report
+
+    if options.json:
+        import json
+
+        print(json.dumps([run_facts(run) for run in (options.run, options.other) if run], indent=1, ensure_ascii=False))
+    else:
+        print(write_report(options.run, options.other, options.out))
+
+
 def _run_script(script: Path, arguments: list[str]) -> None:
     """Run a recipe script as `python SCRIPT ...` would."""
     if not script.is_file():
@@ -200,6 +219,18 @@ def _recipe(recipe: Recipe, arguments: list[str]) -> None:
 
     execute(recipe, options.out, options.only, options.start)
     show_results(options.out, list(recipe.stages))
+    _report_at_the_end(options.out)
+
+
+def _report_at_the_end(run: Path) -> None:
+    """The page of a run that has just ended. Whatever is wrong with it, the run itself went well."""
+    from align.progress import say
+    from align.report.page import write_report
+
+    try:
+        say(f"Its report: {write_report(run)}")
+    except Exception as error:
+        say(f"[yellow]its report could not be written: {error}. Try again: align report {run}[/]")
 
 
 def _settings_help(recipe: Recipe) -> str:

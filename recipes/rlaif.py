@@ -9,7 +9,7 @@ from align import Recipe
 recipe = Recipe("rlaif", base="embedded")
 sft = recipe.sft(data="datasets/chat.jsonl")
 judge = recipe.reward(name="judge", policy=sft, preferences="datasets/preferences.jsonl")
-completions = recipe.sample(policy=sft, prompts="datasets/prompts.jsonl")
+completions = recipe.sample(policy=sft, prompts="datasets/prompts.jsonl", max_new_tokens=64)
 labels = recipe.label(completions=completions, judge=judge, gold="datasets/preferences.jsonl")
 reward_model = recipe.reward(policy=sft, preferences=labels)
 ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=7, learning_rate=1e-3, kl_coef=0.03)

@@ -154,6 +154,7 @@ def compare(answer: Answers, first: Answers) -> dict[str, Any]:
         "score": fmean(scores) if scores else None,
         "score_interval": interval(scores),
         "score_spread": pstdev(scores) if scores else None,
+        "compared": len(differences),  # prompts with a score of both
         "difference": fmean(differences) if differences else None,
         "difference_interval": interval(differences),
         "better_share": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences) if differences else None,

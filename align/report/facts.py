@@ -1,0 +1,225 @@
+"""What there is to say of a run, read from its artifacts alone: plain values, as `align report --json` prints them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.artifact import FACTS, Artifact
+from align.confidence import in_words
+from align.curves import SHOWN
+from align.errors import AlignError
+from align.plan import PARTIAL
+from align.settings import (
+    DPOSettings,
+    EvaluateSettings,
+    LabelSettings,
+    PPOSettings,
+    ReviseSettings,
+    RewardSettings,
+    SampleSettings,
+    Settings,
+    SFTSettings,
+)
+from align.show import open_run
+
+SETTINGS: dict[str, type[Settings]] = {
+    "sft": SFTSettings,
+    "reward": RewardSettings,
+    "dpo": DPOSettings,
+    "ppo": PPOSettings,
+    "sample": SampleSettings,
+    "revise": ReviseSettings,
+    "label": LabelSettings,
+    "evaluate": EvaluateSettings,
+}
+KEY = {  # stage -> the numbers that say how it went: (metric, what it is called)
+    "sft": (("heldout_loss_before", "held-out loss before"), ("heldout_loss", "held-out loss")),
+    "reward": (("heldout_accuracy", "right on held-out pairs"), ("longer_is_better_accuracy", "'the longer one' is right")),
+    "dpo": (("heldout_accuracy", "right on held-out pairs"), ("heldout_margin", "held-out margin")),
+    "ppo": (("score", "score in the last round"), ("kl", "KL, nats a completion"), ("length", "tokens a completion")),
+}
+POINTS = 200  # of a curve
+
+
+def run_facts(run: Path) -> dict[str, Any]:
+    """Everything the report shows of one run.
+
+    Args:
+        run: a run's folder; it need not be finished.
+
+    Raises:
+        AlignError: where it is no run, or a stage is damaged or was made by a newer align.
+    """
+    made = {artifact.name: artifact for artifact in open_run(run)}
+    listing = json.loads((run / "run.json").read_text())
+    stages = [_stage(run, name, made.get(name)) for name in listing["stages"]]
+    first = next(iter(made.values()), None)
+    return {
+        "run": str(run),
+        "recipe": listing.get("recipe", run.name),
+        "base": first.facts["base"] if first else None,
+        "versions": first.facts["versions"] if first else {},
+        "created": max((a.facts["created"] for a in made.values()), default=None),
+        "seconds": sum(a.facts["seconds"] for a in made.values()),
+        "peak_gb": max((a.facts["peak_memory_gb"] for a in made.values()), default=None),
+        "stages": stages,
+        "missing": [stage["name"] for stage in stages if stage["state"] != "done"],
+        "data": [row for a in made.values() for row in _data(a)],
+        "curves": [found for a in made.values() if (found := _curves(a))["panels"]],
+        "ppo": [_rounds(a) for a in made.values() if a.facts["stage"] == "ppo"],
+        "audits": [found for name in made if (found := _audit(run, name))],
+        "evaluations": [_evaluation(a) for a in made.values() if a.kind == "evaluation"],
+    }
+
+
+# Stages ----------------------------------------------------------------------------------------------------------------------
+
+
+def _stage(run: Path, name: str, artifact: Artifact | None) -> dict[str, Any]:
+    if artifact is None:
+        begun = (run / PARTIAL).is_dir() and any((run / PARTIAL).glob(f"{name}-*"))
+        return {"name": name, "state": "stopped" if begun else "not made", "parents": [], "key": [], "settings": {}}
+    facts = artifact.facts
+    return {
+        "name": name,
+        "state": "done",
+        "stage": facts["stage"],
+        "makes": facts["kind"],
+        "parents": list(dict.fromkeys(parent["name"] if parent else "base" for parent in facts["parents"].values())),
+        "seconds": facts["seconds"],
+        "peak_gb": facts["peak_memory_gb"],
+        "key": [_key(facts["metrics"], *each) for each in KEY.get(facts["stage"], ()) if _is_number(facts["metrics"].get(each[0]))],
+        "settings": _changed(facts),
+        "warnings": list(facts["checks"].get("warnings") or []),
+        "identity": artifact.identity,
+        "created": facts["created"],
+    }
+
+
+def _key(metrics: Mapping[str, Any], metric: str, name: str) -> dict[str, Any]:
+    return {"name": name, "metric": metric, "value": metrics[metric], "interval": metrics.get(f"{metric}_interval")}
+
+
+def _changed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not their defaults."""
+    kind = SETTINGS.get(facts["stage"])
+    defaults = kind.model_construct().model_dump(mode="json") if kind else {}
+    return {name: value for name, value in facts["settings"].items() if kind is None or defaults.get(name) != value}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Data ------------------------------------------------------------------------------------------------------------------------
+
+
+def _data(artifact: Artifact) -> Iterable[dict[str, Any]]:
+    for role, facts in artifact.facts["data"].items():
+        if "rows" not in facts:
+            continue
+        rejected = {**facts.get("rejected", {}), **facts.get("unfit", {})}
+        if facts.get("overlong"):
+            rejected["over the longest length"] = facts["overlong"]
+        yield {
+            "stage": artifact.name,
+            "role": role,
+            "path": facts["path"],
+            "format": facts["format"],
+            "rows": facts["rows"],
+            "records": facts["records"],
+            "training": facts.get("training"),
+            "heldout": facts.get("heldout"),
+            "rejected": rejected,
+            "longer_is_better": (facts.get("pairs") or {}).get("longer_is_better"),
+            "sha256": facts["sha256"],
+        }
+
+
+# Curves ----------------------------------------------------------------------------------------------------------------------
+
+
+def _lines(artifact: Artifact) -> list[dict[str, Any]]:
+    path = artifact.folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
+
+
+def _curves(artifact: Artifact) -> dict[str, Any]:
+    """The stage's panels, each with its series as [step, value] pairs."""
+    lines, panels = _lines(artifact), []
+    for title, names in SHOWN.get(artifact.facts["stage"], ()):
+        series = [
+            {"name": name, "points": _thinned([[row["step"], row[name]] for row in lines if _is_number(row.get(name))])} for name in names
+        ]
+        if any(each["points"] for each in series):
+            panels.append({"title": title, "series": [each for each in series if each["points"]]})
+    return {"stage": artifact.name, "unit": "round" if artifact.facts["stage"] == "ppo" else "step", "panels": panels}
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    """At most POINTS of them, each the mean of its neighbours'."""
+    if len(points) <= POINTS:
+        return points
+    edges = [round(i * len(points) / POINTS) for i in range(POINTS + 1)]
+    parts = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [[part[-1][0], sum(y for _, y in part) / len(part)] for part in parts]
+
+
+def _rounds(artifact: Artifact) -> dict[str, Any]:
+    """What PPO paid for its reward: score against the square root of KL, which it grows along (Gao et al. 2022, arXiv 2210.10760)."""
+    lines, metrics = _lines(artifact), artifact.facts["metrics"]
+    heldout = metrics.get("evaluations") or []
+    return {
+        "stage": artifact.name,
+        "training": [
+            {"round": row["step"], "kl": row["kl"], "score": row["score"], "length": row["length"]} for row in lines if "kl" in row
+        ],
+        "heldout": [{"round": point["round"], "kl": point["kl"], "score": point["score"], "length": point["length"]} for point in heldout],
+        "best_round": metrics.get("best_round"),
+    }
+
+
+# Judges and evaluations --------------------------------------------------------------------------------------------------------
+
+
+def _audit(run: Path, name: str) -> dict[str, Any] | None:
+    folder = run / f"{name}-audit"
+    if not (folder / "audit.json").is_file():
+        return None
+    try:
+        facts = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+        return {
+            "stage": name,
+            "page": f"{folder.name}/audit.html",
+            "judges": [judge["name"] for judge in facts["judges"]],
+            "accepted": facts["accepted"],
+            "verdict": facts["verdict"],
+            "reasons": facts["reasons"],
+            "figures": facts["all_people"] or facts["all_planted"],
+            "measured_on": facts["measured_on"],
+        }
+    except (ValueError, KeyError, TypeError):
+        raise AlignError(f"{folder / 'audit.json'}: cannot be read. Remove it and label again: --from {name}") from None
+
+
+def _evaluation(artifact: Artifact) -> dict[str, Any]:
+    """An evaluation's table, with what each difference lets one say, and its samples."""
+    metrics = artifact.facts["metrics"]
+    policies = [dict(policy) for policy in metrics["policies"]]
+    for policy in policies[1:]:
+        policy["verdict"] = in_words(
+            policy["difference"], policy["difference_interval"], policy.get("compared", policy["scored"]), policies[0]["name"]
+        )
+    reward = artifact.facts["parents"].get("reward_model") or {"name": "?"}
+    path = artifact.folder / "samples.jsonl"
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
+    return {"name": artifact.name, "prompts": metrics["prompts"], "reward_model": reward["name"], "policies": policies, "samples": samples}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has finished stages."""
+    return any(folder.glob(f"*/{FACTS}"))
