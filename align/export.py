@@ -73,7 +73,11 @@ def export(folder: Path, form: Form, out: Path | None = None, dtype: str = "bflo
     try:
         with full_disk_explained(out):
             (work / MARK).write_text(f"{artifact.identity}\n")
-            change = write_adapter(artifact, work) if form == "adapter" else write_merged(artifact, work, dtype)
+            change = None
+            if form == "adapter":
+                write_adapter(artifact, work)
+            else:
+                change = write_merged(artifact, work, dtype)
             (work / "README.md").write_text(model_card(artifact, form, change and vars(change)), encoding="utf-8")
             if form == "gguf":
                 to_gguf(work, artifact.name)

@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["conversation", "preference", "prompt"]
+from align.records import Kind
+
 Convert = Callable[[Mapping], list[dict]]
 
 

@@ -102,7 +102,7 @@ def chain(stages: Sequence[Mapping[str, Any]]) -> Markup:
     skips = any(depth[stage["name"]] - depth.get(parent, 0) > 1 for stage in stages for parent in stage["parents"])
     over = 34 if skips else 2  # room for the arcs of what is used further on
     width, height = len(columns) * (box + gap) - gap + 4, rows * (tall + space) - space + 2 + over
-    corner = {}
+    corner: dict[str, tuple[float, float]] = {}
     for at, names in columns.items():
         top = over + (height - over - (len(names) * (tall + space) - space)) / 2
         corner |= {name: (2 + at * (box + gap), top + i * (tall + space)) for i, name in enumerate(names)}

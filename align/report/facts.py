@@ -69,7 +69,7 @@ def run_facts(run: Path) -> dict[str, Any]:
         "stages": stages,
         "missing": [stage["name"] for stage in stages if stage["state"] != "done"],
         "data": [row for a in made.values() for row in _data(a)],
-        "curves": [found for a in made.values() if (found := _curves(a))["panels"]],
+        "curves": [curves for a in made.values() if (curves := _curves(a))["panels"]],
         "ppo": [_rounds(a) for a in made.values() if a.facts["stage"] == "ppo"],
         "audits": [found for name in made if (found := _audit(run, name))],
         "evaluations": [_evaluation(a) for a in made.values() if a.kind == "evaluation"],
@@ -209,10 +209,13 @@ def _audit(run: Path, name: str) -> dict[str, Any] | None:
 def _evaluation(artifact: Artifact) -> dict[str, Any]:
     """An evaluation's table, with what each difference lets one say, and its samples."""
     metrics = artifact.facts["metrics"]
-    policies = [dict(policy) for policy in metrics["policies"]]
+    policies: list[dict[str, Any]] = [dict(policy) for policy in metrics["policies"]]
     for policy in policies[1:]:
         policy["verdict"] = in_words(
-            policy["difference"], policy["difference_interval"], policy.get("compared", policy["scored"]), policies[0]["name"]
+            policy["difference"],
+            policy["difference_interval"],
+            policy["compared"] if "compared" in policy else policy["scored"],
+            policies[0]["name"],
         )
     reward = artifact.facts["parents"].get("reward_model") or {"name": "?"}
     path = artifact.folder / "samples.jsonl"
