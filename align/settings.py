@@ -236,6 +236,13 @@ class PPOSettings(Optimiser):
     merged_sampler: bool = Field(
         True, description="Sample from a copy with the adapters merged: about twice as fast, for one more copy of the weights."
     )
+    sampler: str = Field(
+        "local",
+        pattern=r"^(local|https?://.+)$",
+        description="local, or the address of a vLLM server that has the base and may be handed adapters: http://localhost:8000/v1. Its "
+        "completions are weighed here, by the exact policy; a run that was killed does not end with the same bytes then.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
+    )
     samples_every: int = Field(1, ge=1, description="Rounds between tables of samples.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     save_every: int = Field(1, ge=1, description="Rounds between checkpoints.", json_schema_extra=KEEP_OUT_OF_IDENTITY)
     max_bad_rows: BadRows = 0.02

@@ -67,7 +67,8 @@ def check_sampler(mismatch: float) -> None:
     if not mismatch < 0.5:
         raise AlignError(
             f"PPO stopped: sampled tokens are {mismatch:.2f} nats off the trained policy's log-probabilities; expected under 0.5. "
-            "The sampler is not the policy. Try merged_sampler=false, and report it."
+            "The sampler is not the policy. Try merged_sampler=false, and report it; a server must give log-probabilities at the "
+            "temperature it samples at (vLLM: --logprobs-mode processed_logprobs)."
         )
 
 

@@ -15,7 +15,8 @@ from align.learn.optimise import make_optimizer
 from align.learn.prompts import PromptRow, read_prompts
 from align.learn.scores import ClassifierReward, FunctionReward, JudgedReward, Scorer, TrunkReward
 from align.learn.updates import Learner
-from align.model.load import Sampler, load_role, open_trainee, root_identity
+from align.model.load import ADAPTER, Sampler, load_role, open_trainee, root_identity
+from align.model.served import ServedSampler
 from align.model.trunk import Head, Role, Trunk, native_dtype
 from align.rewards import Reward
 from align.run import Job
@@ -33,7 +34,7 @@ class Session:
     parameters: dict[str, torch.nn.Parameter]  # what is trained: the policy's and the value's
     scorers: dict[str, Scorer]  # by the reward's name
     weights: dict[str, float]
-    sampler: Sampler
+    sampler: Sampler | ServedSampler
     prompts: list[PromptRow]
     heldout: list[PromptRow]
 
@@ -72,12 +73,23 @@ def open_session(job: Job) -> Session:
         parameters={name: parameter for group in groups for name, parameter in group.items()},
         scorers={},
         weights={reward.name: reward.weight for reward in job.rewards},
-        sampler=Sampler(trunk, settings.merged_sampler),
+        sampler=_sampler(job, trunk, settings),
         prompts=prompts,
         heldout=heldout,
     )
     session.scorers |= {reward.name: _scorer(session, reward, roles) for reward in job.rewards}
     return session
+
+
+def _sampler(job: Job, trunk: Trunk, settings: PPOSettings) -> Sampler | ServedSampler:
+    """The local sampler, or a server that is handed the policy."""
+    if settings.sampler == "local":
+        return Sampler(trunk, settings.merged_sampler)
+    policy = job.parents["policy"]
+    chain = policy.chain() if policy else []
+    if any(artifact.facts["model"]["form"] == "full" for artifact in chain):
+        raise AlignError(f"{job.name}.sampler: a server holds the base, but {chain[0].name} has weights of its own. Use sampler=local.")
+    return ServedSampler(settings.sampler, trunk, [artifact.folder / ADAPTER for artifact in chain])
 
 
 def _scorer(session: Session, reward: Reward, roles: dict[str, Role]) -> Scorer:
