@@ -252,15 +252,26 @@ class Recipe:
         policies: Sequence[Policy],
         prompts: Rows,
         reward_model: RewardModel,
+        held_out: Sequence[RewardModel] = (),
         name: str = "evaluate",
         **settings: Any,
     ) -> Evaluation:
-        """Sample policies on the same prompts and compare them with the first: score, length, KL, end-of-turn rate."""
+        """Sample policies on the same prompts and compare them with the first: score, length, KL, end-of-turn rate.
+
+        Args:
+            policies: the first is what the others are compared with.
+            prompts: that nothing was trained on.
+            reward_model: whose score decides.
+            held_out: reward models that no policy was trained against: they tell a better policy from one that exploits the other.
+            name: of the stage.
+            **settings: see `--help`.
+        """
         if isinstance(policies, Handle) or not policies:
             found = "empty" if not isinstance(policies, Handle) else f"a single {type(policies).__name__}"
             raise AlignError(f"{name}: 'policies' is {found}; give a list of at least one policy, such as policies=[sft, ppo].")
         inputs: dict[str, tuple[Any, type[Handle]]] = {f"policies.{i}": (policy, Policy) for i, policy in enumerate(policies)}
         inputs["reward_model"] = (reward_model, RewardModel)
+        inputs |= {f"held_out.{i}": (model, RewardModel) for i, model in enumerate(held_out)}
         return self._declare(name, "evaluate", Evaluation, EvaluateSettings, inputs, {"prompts": (prompts, "prompt")}, settings)
 
     def load(self, folder: str | os.PathLike) -> Any:

@@ -287,6 +287,13 @@ class EvaluateSettings(Settings):
 
     max_prompts: int | None = Field(None, ge=1, description="Use the first this many prompts; none uses all.")
     samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt.")
+    best_of: int | None = Field(
+        None,
+        ge=2,
+        le=256,
+        description="Also compare with the best of this many completions of the first policy, by the reward model: the plainest way to "
+        "earn reward, whose KL is log n - (n - 1) / n.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; the KL is measured at it too.")
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")

@@ -135,12 +135,14 @@ def results_table(artifact: Artifact) -> Table:
     """Policies with means and 95 percent intervals, compared with the first."""
     metrics = artifact.facts["metrics"]
     first = metrics["policies"][0]["name"]
+    unseen = list(metrics["policies"][0].get("held_out", {}))  # reward models that nothing was trained against
     title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
     table = Table(
         "policy",
         "score",
         f"better than {first} by",
         f"scores over {first}",
+        *(f"better by {name}, unseen" for name in unseen),
         f"KL to {first}",
         "length",
         "ends its turn",
@@ -153,6 +155,7 @@ def results_table(artifact: Artifact) -> Table:
             _with_interval(row["score"], row["score_interval"]),
             _with_interval(row["difference"], row["difference_interval"]),
             "" if row["better_share"] is None else f"{row['better_share']:.0%} of prompts",
+            *(_with_interval(row["held_out"][name]["difference"], row["held_out"][name]["difference_interval"]) for name in unseen),
             "not known" if row["kl"] is None else f"{row['kl']:.1f} nats",
             f"{row['length']:.0f} tokens",
             f"{row['ended']:.0%}",

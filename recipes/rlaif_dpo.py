@@ -9,7 +9,9 @@ sft = recipe.sft(data="datasets/chat.jsonl")
 judge = recipe.reward(name="judge", policy=sft, preferences="datasets/preferences.jsonl")
 policies = [sft]
 for number in range(1, ROUNDS + 1):
-    completions = recipe.sample(name=f"sample{number}", policy=policies[-1], prompts="datasets/prompts.jsonl", max_new_tokens=64, seed=number)
+    completions = recipe.sample(
+        name=f"sample{number}", policy=policies[-1], prompts="datasets/prompts.jsonl", max_new_tokens=64, seed=number
+    )
     labels = recipe.label(name=f"label{number}", completions=completions, judge=judge, gold="datasets/preferences.jsonl")
     policies.append(recipe.dpo(name=f"dpo{number}", policy=policies[-1], preferences=labels))
 recipe.evaluate(policies=policies, prompts="datasets/heldout_prompts.jsonl", reward_model=judge)

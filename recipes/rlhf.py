@@ -13,9 +13,13 @@ sft = recipe.sft(data="datasets/chat.jsonl")
 reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0)
 unseen_reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0, seed=1, name="unseen_reward")
 ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=16, learning_rate=1e-3, kl_coef=0.03)
-prompts = "datasets/heldout_prompts.jsonl"
-recipe.evaluate(policies=[recipe.base, sft, ppo], prompts=prompts, reward_model=reward_model)
-recipe.evaluate(policies=[recipe.base, sft, ppo], prompts=prompts, reward_model=unseen_reward_model, name="evaluate_unseen")
+recipe.evaluate(
+    policies=[sft, ppo],
+    prompts="datasets/heldout_prompts.jsonl",
+    reward_model=reward_model,
+    held_out=[unseen_reward_model],
+    best_of=4,
+)
 
 if __name__ == "__main__":
     recipe.main()

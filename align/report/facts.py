@@ -211,16 +211,17 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
     metrics = artifact.facts["metrics"]
     policies: list[dict[str, Any]] = [dict(policy) for policy in metrics["policies"]]
     for policy in policies[1:]:
-        policy["verdict"] = in_words(
-            policy["difference"],
-            policy["difference_interval"],
-            policy["compared"] if "compared" in policy else policy["scored"],
-            policies[0]["name"],
-        )
+        policy["verdict"] = _words(policy, policies[0]["name"])
+        policy["unseen"] = {name: _words(compared, policies[0]["name"]) for name, compared in policy.get("held_out", {}).items()}
     reward = artifact.facts["parents"].get("reward_model") or {"name": "?"}
     path = artifact.folder / "samples.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
     return {"name": artifact.name, "prompts": metrics["prompts"], "reward_model": reward["name"], "policies": policies, "samples": samples}
+
+
+def _words(compared: Mapping[str, Any], first: str) -> str:
+    prompts = compared["compared"] if "compared" in compared else compared["scored"]  # the latter of artifacts made before the former was
+    return in_words(compared["difference"], compared["difference_interval"], prompts, first)
 
 
 def is_run(folder: Path) -> bool:

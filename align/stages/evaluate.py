@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
 import torch
 
 from align.artifact import Artifact
+from align.chat import Chat
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.model.forward import forward, forward_head
 from align.model.generate import Completion
-from align.model.load import Sampler, load_role, open_trunk, root_identity
+from align.model.load import Sampler, each_policy, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
 from align.records import Message, write_jsonl
@@ -34,44 +36,47 @@ class Answers:
     texts: list[list[str]]
     scores: list[list[float | None]]  # unknown for a completion that was cut: the reward model judges whole ones
     kl: list[list[float]] | None  # to the first policy; unknown where that stands on other weights
+    held_out: dict[str, list[list[float | None]]] = field(default_factory=dict)  # by reward models that nothing was trained against
 
 
 def run(job: Job) -> Result:
     """Sample, score and compare."""
     settings: EvaluateSettings = job.settings
     policies = [job.parents[role] for role in job.parents if role.startswith("policies.")]
-    reward = job.parents["reward_model"]
-    assert reward is not None
+    rewards = [artifact for role, artifact in job.parents.items() if role == "reward_model" or role.startswith("held_out.")]
+    names = [policy.name if policy else "base" for policy in policies]
+    names = [name if names.count(name) == 1 else f"{name} {number + 1}" for number, name in enumerate(names)]
     meter = job.meter("score", unit="prompts")
     meter.begin(len(policies))
-    names = [policy.name if policy else "base" for policy in policies]
-    answers: list[Answers] = []
     rows: list[tuple[dict[str, Any], tuple[int, ...]]] = []
-    open_now: tuple[str, Trunk, Any] | None = None
-    for number, policy in enumerate(policies):
-        root = root_identity(job.base, policy)
-        if open_now is None or open_now[0] != root:
-            open_now = None  # let the former weights go before the next are loaded
-            open_now = (root, *open_trunk(job.base, policy, job.dtype))
-        _, trunk, chat = open_now
-        name = names[number] if names.count(names[number]) == 1 else f"{names[number]} {number + 1}"
-        meter.phase(f"sampling {name}")
+
+    def of_policy(number: int, policy: Artifact | None, trunk: Trunk, chat: Chat) -> list[Answers]:
+        meter.phase(f"sampling {names[number]}")
         if not rows:
-            rows = prompt_ids(job.name, job.data["prompts"], chat, settings.max_bad_rows, folder=job.work)[: settings.max_prompts]
-        answer = _answer(name, policy, trunk, chat, [ids for _, ids in rows], settings, job.base.identity)
+            rows.extend(prompt_ids(job.name, job.data["prompts"], chat, settings.max_bad_rows, folder=job.work)[: settings.max_prompts])
+        prompts = [ids for _, ids in rows]
+        answer = _answer(names[number], policy, trunk, chat, prompts, settings, job.base.identity)
+        found = [answer]
         if number == 0:
             answer.kl = [[0.0] * len(of_prompt) for of_prompt in answer.completions]
-        elif root == root_identity(job.base, policies[0]):
+            if settings.best_of is not None:
+                found.append(_best_of(settings.best_of, answer, policy, rewards[0], trunk, chat, prompts, job))
+        elif root_identity(job.base, policy) == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
-        if root == root_identity(job.base, reward):
-            answer.scores = _scores(trunk, load_role(trunk, reward), answer, settings)
-        answers.append(answer)
+        for reward in rewards:
+            if reward is not None and root_identity(job.base, policy) == root_identity(job.base, reward):
+                role = load_role(trunk, reward)
+                for each in found:
+                    _keep(each, reward, rewards, _scores(trunk, role, each, settings))
         meter.step(number + 1, {}, len(rows))
+        return found
+
+    answers = [answer for found in each_policy(job.base, policies, job.dtype, of_policy) for answer in found]
     meter.close()
-    unscored = [answer for answer in answers if not answer.scores]
-    if unscored:
-        open_now = None
-        _score_apart(job, reward, unscored, settings)
+    for reward in rewards:
+        unscored = [answer for answer in answers if not (answer.scores if reward is rewards[0] else reward.name in answer.held_out)]
+        if unscored:
+            _score_apart(job, reward, rewards, unscored, settings)
     table = [compare(answer, answers[0]) for answer in answers]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
     write_jsonl(job.work / "samples.jsonl", sample_rows([row["prompt"] for row, _ in rows], answers))
@@ -79,21 +84,70 @@ def run(job: Job) -> Result:
 
 
 def _answer(
-    name: str, policy: Artifact | None, trunk: Trunk, chat: Any, prompts: list[tuple[int, ...]], settings: EvaluateSettings, base: str
+    name: str,
+    policy: Artifact | None,
+    trunk: Trunk,
+    chat: Chat,
+    prompts: list[tuple[int, ...]],
+    settings: EvaluateSettings,
+    base: str,
+    count: int | None = None,
 ) -> Answers:
-    role = load_role(trunk, policy)
+    """`count` completions of each prompt, as many as the settings say unless given."""
     completions = Sampler(trunk).sample(
-        role,
+        load_role(trunk, policy),
         prompts,
-        settings.samples_per_prompt,
+        count or settings.samples_per_prompt,
         settings.max_new_tokens,
         settings.temperature,
         chat.stop_ids,
-        seed=settings.seed,
+        seed=settings.seed + (1 if count else 0),
     )
+    return _answers(name, policy.identity if policy else base, chat, prompts, completions)
+
+
+def _answers(name: str, identity: str, chat: Chat, prompts: list[tuple[int, ...]], completions: list[list[Completion]]) -> Answers:
     examples = [Example(i, p, tuple(c.ids for c in cs)) for i, (p, cs) in enumerate(zip(prompts, completions, strict=True))]
-    texts = [[chat.text(c.ids) for c in cs] for cs in completions]
-    return Answers(name, policy.identity if policy else base, examples, completions, texts, [], None)
+    return Answers(name, identity, examples, completions, [[chat.text(c.ids) for c in cs] for cs in completions], [], None)
+
+
+def _best_of(
+    count: int,
+    first: Answers,
+    policy: Artifact | None,
+    reward: Artifact,
+    trunk: Trunk,
+    chat: Chat,
+    prompts: list[tuple[int, ...]],
+    job: Job,
+) -> Answers:
+    """The best of some completions by the reward model: what any optimisation against it should be held against.
+
+    Its KL to the policy is log n - (n - 1) / n at most (Stiennon et al. 2020, arXiv 2009.01325, app. G.3), and nearly that.
+
+    Raises:
+        AlignError: where the reward model stands on other weights.
+    """
+    if root_identity(job.base, policy) != root_identity(job.base, reward):
+        raise AlignError(
+            f"{job.name}.best_of: the reward model {reward.name!r} stands on other weights than {first.name}; leave best_of out."
+        )
+    drawn = _answer(first.name, policy, trunk, chat, prompts, job.settings, first.identity, count)
+    scores = _scores(trunk, load_role(trunk, reward), drawn, job.settings)
+    best = [
+        [max(zip(completions, of_prompt, strict=True), key=lambda each: -math.inf if each[1] is None else each[1])[0]]
+        for completions, of_prompt in zip(drawn.completions, scores, strict=True)
+    ]
+    answer = _answers(f"best of {count} of {first.name}", first.identity, chat, prompts, best)
+    answer.kl = [[math.log(count) - (count - 1) / count] for _ in prompts]
+    return answer
+
+
+def _keep(answer: Answers, reward: Artifact, rewards: list[Artifact | None], scores: list[list[float | None]]) -> None:
+    if reward is rewards[0]:
+        answer.scores = scores
+    else:
+        answer.held_out[reward.name] = scores
 
 
 @torch.no_grad()
@@ -124,7 +178,7 @@ def _by_example(row: Row, per_completion: torch.Tensor) -> dict[int, list[float]
     return {e.index: part.tolist() for e, part in zip(row.examples, per_completion.cpu().split(sizes), strict=True)}
 
 
-def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: EvaluateSettings) -> None:
+def _score_apart(job: Job, reward: Artifact, rewards: list[Artifact | None], answers: list[Answers], settings: EvaluateSettings) -> None:
     """Score with a reward model that stands on weights of its own; it must share the policies' tokenizer."""
     trunk, chat = open_trunk(job.base, reward, job.dtype)
     role = load_role(trunk, reward)
@@ -134,7 +188,7 @@ def _score_apart(job: Job, reward: Artifact, answers: list[Answers], settings: E
             raise AlignError(
                 f"{job.name}: policy {answer.name!r} and reward model {reward.name!r} have different tokenizers; expected the same."
             )
-        answer.scores = _scores(trunk, role, answer, settings)
+        _keep(answer, reward, rewards, _scores(trunk, role, answer, settings))
 
 
 def compare(answer: Answers, first: Answers) -> dict[str, Any]:
@@ -142,31 +196,64 @@ def compare(answer: Answers, first: Answers) -> dict[str, Any]:
 
     Scores are of completions that ended their turn; the share that did stands beside them.
     """
-    means, first_means = _prompt_means(answer), _prompt_means(first)
-    scores = [mean for mean in means if mean is not None]
-    pairs = zip(means, first_means, strict=True)
-    differences = [] if answer is first else [mean - other for mean, other in pairs if mean is not None and other is not None]
     completions = [completion for of_prompt in answer.completions for completion in of_prompt]
+    texts = [text for of_prompt in answer.texts for text in of_prompt]
+    kl = None if answer.kl is None else fmean(fmean(of_prompt) for of_prompt in answer.kl)
+    length = fmean(len(c.ids) for c in completions)
     return {
         "name": answer.name,
         "identity": answer.identity,
-        "scored": len(scores),
-        "score": fmean(scores) if scores else None,
-        "score_interval": interval(scores),
-        "score_spread": pstdev(scores) if scores else None,
+        **_compared(answer.scores, None if answer is first else first.scores),
+        "held_out": {
+            name: _compared(scores, None if answer is first else first.held_out.get(name)) for name, scores in answer.held_out.items()
+        },
+        "kl": kl,
+        "kl_per_token": None if kl is None else kl / length,
+        "length": length,
+        "ended": sum(c.ended for c in completions) / len(completions),
+        "distinct_2": distinct(texts, 2),
+        "repetition": fmean(repetition(text) for text in texts),
+    }
+
+
+def _compared(scores: list[list[float | None]], first: list[list[float | None]] | None) -> dict[str, Any]:
+    """Mean score with its interval, and the difference to the first policy's scores, paired by prompt."""
+    means, first_means = _prompt_means(scores), _prompt_means(first) if first is not None else []
+    known = [mean for mean in means if mean is not None]
+    pairs = zip(means, first_means, strict=False) if first is not None else ()
+    differences = [mean - other for mean, other in pairs if mean is not None and other is not None]
+    return {
+        "scored": len(known),
+        "score": fmean(known) if known else None,
+        "score_interval": interval(known),
+        "score_spread": pstdev(known) if known else None,
         "compared": len(differences),  # prompts with a score of both
         "difference": fmean(differences) if differences else None,
         "difference_interval": interval(differences),
         "better_share": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences) if differences else None,
-        "kl": None if answer.kl is None else fmean(fmean(of_prompt) for of_prompt in answer.kl),
-        "length": fmean(len(c.ids) for c in completions),
-        "ended": sum(c.ended for c in completions) / len(completions),
     }
 
 
-def _prompt_means(answer: Answers) -> list[float | None]:
+def distinct(texts: Sequence[str], n: int) -> float | None:
+    """Different n-grams of words over all n-grams (Li et al. 2016, arXiv 1510.03055); unknown where no text has n words."""
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """The share of a text's n-grams of words that were there before; 0 for a text of fewer than n words."""
+    grams = _grams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False)) if len(words) >= n else []
+
+
+def _prompt_means(scores: list[list[float | None]]) -> list[float | None]:
     """The mean score of each prompt's completions; unknown where none of them ended."""
-    known = [[score for score in of_prompt if score is not None] for of_prompt in answer.scores]
+    known = [[score for score in of_prompt if score is not None] for of_prompt in scores]
     return [fmean(scores) if scores else None for scores in known]
 
 

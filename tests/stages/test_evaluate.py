@@ -1,10 +1,14 @@
+import json
 import math
 
 import pytest
+from conftest import SMALL
 
+from align import Lora, Recipe
+from align.errors import AlignError
 from align.model.generate import Completion
 from align.model.packing import Example
-from align.stages.evaluate import Answers, compare, interval
+from align.stages.evaluate import Answers, compare, distinct, interval, repetition
 
 
 def answers(name, scores, kl=None):
@@ -56,3 +60,63 @@ def test_an_interval_by_hand():
     assert interval([0.0, 2.0]) == pytest.approx([1 - 1.96, 1 + 1.96])
     assert interval([3.0]) is None
     assert math.isclose(interval([2.0, 2.0])[0], 2.0)
+
+
+def test_n_grams_by_hand():
+    assert distinct(["a b a b", "A b"], 2) == pytest.approx(2 / 4)  # ab ba ab, ab
+    assert distinct(["one", ""], 2) is None
+    assert repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
+    assert repetition("one two") == 0.0
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_base, data, tmp_path_factory):
+    """Two policies and the best of eight of the first, scored by the reward model, one on the same base, and one on weights of its own."""
+    recipe = Recipe("compared", base=str(tiny_base), dtype="float32")
+    sft = recipe.sft(data=data / "chat.jsonl", lora=Lora(rank=4), **SMALL)
+    reward = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=Lora(rank=4), **SMALL)
+    unseen = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=Lora(rank=4), name="unseen", **{**SMALL, "seed": 1})
+    apart = recipe.reward(preferences=data / "preferences.jsonl", lora=None, name="apart", **SMALL)
+    policies = {"policies": [recipe.base, sft], "reward_model": reward, "held_out": [unseen, apart]}
+    recipe.evaluate(**policies, prompts=data / "heldout.jsonl", max_new_tokens=12, best_of=8)
+    run = recipe.run(tmp_path_factory.mktemp("compared") / "run")
+    return run, {row["name"]: row for row in json.loads((run / "evaluate" / "results.json").read_text())["policies"]}
+
+
+def test_reward_models_that_nothing_was_trained_against_are_beside_the_other(compared):
+    _, table = compared
+    assert list(table) == ["base", "best of 8 of base", "sft"]
+    for row in table.values():
+        assert set(row["held_out"]) == {"unseen", "apart"}
+        for of_model in row["held_out"].values():
+            assert of_model["scored"] == row["scored"]
+    assert table["sft"]["held_out"]["unseen"]["score"] != table["sft"]["score"]
+    assert table["base"]["held_out"]["unseen"]["difference"] is None
+
+
+def test_the_best_of_some_scores_higher_at_a_known_kl(compared):
+    _, table = compared
+    best = table["best of 8 of base"]
+    assert best["score"] > table["base"]["score"]
+    assert best["kl"] == pytest.approx(math.log(8) - 7 / 8)
+    assert best["identity"] == table["base"]["identity"]
+
+
+def test_the_table_and_the_report_show_what_is_unseen(compared, capsys):
+    from align.report.page import write_report
+    from align.show import show_run
+
+    run, _ = compared
+    show_run(run)
+    assert "unseen" in capsys.readouterr().out
+    assert "By unseen, which nothing was trained against:" in write_report(run).read_text()
+
+
+def test_best_of_needs_a_reward_model_on_the_same_weights(tiny_base, data, tmp_path):
+    recipe = Recipe("apart", base=str(tiny_base), dtype="float32")
+    apart = recipe.reward(preferences=data / "preferences.jsonl", lora=None, **SMALL)
+    recipe.evaluate(policies=[recipe.base], reward_model=apart, prompts=data / "heldout.jsonl", max_new_tokens=8, best_of=2)
+    with pytest.raises(
+        AlignError, match=r"evaluate\.best_of: the reward model 'reward' stands on other weights than base; leave best_of out"
+    ):
+        recipe.run(tmp_path / "run")
