@@ -21,7 +21,7 @@ labels = recipe.label(
     trust_judge=True,
     undecided="keep",
 )
-dpo = recipe.dpo(policy=revised, preferences=labels)
+dpo = recipe.dpo(policy=revised, preferences=labels, learning_rate=2e-4)
 judge = recipe.reward(name="judge", policy=sft, preferences="datasets/preferences.jsonl")
 recipe.evaluate(policies=[sft, revised, dpo], prompts="datasets/heldout_prompts.jsonl", reward_model=judge)
 

@@ -7,7 +7,7 @@ from align import Recipe
 
 recipe = Recipe("dpo", base="embedded")
 sft = recipe.sft(data="datasets/chat.jsonl")
-dpo = recipe.dpo(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0)
+dpo = recipe.dpo(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0, learning_rate=2e-4)
 reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl")
 recipe.evaluate(policies=[sft, dpo], prompts="datasets/heldout_prompts.jsonl", reward_model=reward_model)
 

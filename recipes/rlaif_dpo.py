@@ -13,7 +13,7 @@ for number in range(1, ROUNDS + 1):
         name=f"sample{number}", policy=policies[-1], prompts="datasets/prompts.jsonl", max_new_tokens=64, seed=number
     )
     labels = recipe.label(name=f"label{number}", completions=completions, judge=judge, gold="datasets/preferences.jsonl")
-    policies.append(recipe.dpo(name=f"dpo{number}", policy=policies[-1], preferences=labels))
+    policies.append(recipe.dpo(name=f"dpo{number}", policy=policies[-1], preferences=labels, learning_rate=2e-4))
 recipe.evaluate(policies=policies, prompts="datasets/heldout_prompts.jsonl", reward_model=judge)
 
 if __name__ == "__main__":
