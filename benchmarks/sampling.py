@@ -1,7 +1,7 @@
 """Sampling from a policy: tokens per second of our samplers and of transformers', on SmolLM2 with a rank-16 adapter on every layer.
 
     python benchmarks/sampling.py                       32 prompts, 4 completions each, three repetitions, interleaved
-    python benchmarks/sampling.py --prompts 8 --repeats 1 --json
+    python benchmarks/sampling.py --prompts 8 --repeats 1 --generate-batch --json
 
 Tokens are those of completions up to the token that ends the turn. `law` is how far the log-probabilities that a sampler gives
 are from those of a plain pass over what it sampled, on average over tokens: rounding, in bfloat16.
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--generate-batch", action="store_true", help="also transformers' continuous batching: minutes on a processor")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -142,8 +143,9 @@ def main() -> None:
         "align, through the adapters": lambda: through.sample(role, *arguments, TEMPERATURE, stops, seed=0),
         "generate, through the adapters": with_adapters,
         "generate, merged weights": lambda: generate(plain, chat, *arguments),
-        "generate_batch, merged weights": lambda: generate_batch(plain, chat, *arguments),
     }
+    if options.generate_batch:
+        ways["generate_batch, merged weights"] = lambda: generate_batch(plain, chat, *arguments)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     distances: dict[str, float | None] = {}
     for _ in range(options.repeats):
