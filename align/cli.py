@@ -243,4 +243,6 @@ def _settings_help(recipe: Recipe) -> str:
             lines.append(f"  {stage.name}.{role}=FILE  (now {', '.join(source.path for source in sources)})")
         for name, default, kind, meaning in help_lines(type(stage.settings), stage.name, stage.settings):
             lines.append(f"  {name}={default}  ({kind})\n      {meaning}")
-    return "\n".join([*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.tracker: of the whole recipe"])
+    return "\n".join(
+        [*lines, "", "recipe.base, recipe.revision, recipe.seed, recipe.dtype, recipe.quantize, recipe.tracker: of the whole recipe"]
+    )

@@ -129,7 +129,7 @@ def write_adapter(artifact: Artifact, folder: Path) -> None:
 @torch.no_grad()
 def write_merged(artifact: Artifact, folder: Path, dtype: str) -> Change | None:
     """The weights with the adapters added in float32 and rounded once; how far that moved the policy, where there are any."""
-    trunk, chat = open_trunk(artifact.base, artifact, "float32")
+    trunk, chat = open_trunk(artifact.base, artifact, "float32")  # never a base in four bits, which merging would round anew
     role = load_role(trunk, artifact)
     merged, change = trunk.model, None
     if role.adapters:

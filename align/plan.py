@@ -109,6 +109,10 @@ def shared_prompts(plans: Sequence[Planned]) -> dict[str, dict[str, int]]:
 
 
 def _plan_stage(stage: Stage, base: Base, dtype: str | None, run: Path, plans: dict[str, Planned], again: bool) -> Planned:
+    if dtype == "nf4" and getattr(stage.settings, "lora", True) is None:
+        raise AlignError(
+            f"{stage.name}.lora: none trains all weights, which a base in four bits has not. Give it an adapter, or recipe.quantize=none."
+        )
     data = {role: load_data(sources, kind, f"{stage.name}.{role}") for role, (sources, kind) in stage.data.items()}
     for role, rows in data.items():
         rows.refuse_if_too_bad(getattr(stage.settings, "max_bad_rows", 0.0), f"{stage.name}.{role}")

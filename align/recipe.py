@@ -28,7 +28,7 @@ from align.settings import (
 )
 from align.trl_settings import BY_REWARD, ROWS, settings_of
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "nf4")
 RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -103,12 +103,26 @@ class Recipe:
         seed: of every stage that is not given its own.
         tracker: tensorboard, wandb, trackio or mlflow, beside metrics.jsonl; none by default.
         dtype: of the base's weights: bfloat16 or float32; by default bfloat16 where the processor computes in it natively.
+        quantize: 'nf4' keeps the base's linear layers in four bits (QLoRA, arXiv 2305.14314), once for all roles; the same as dtype='nf4'.
     """
 
     def __init__(
-        self, name: str, *, base: str, revision: str | None = None, seed: int = 0, tracker: str | None = None, dtype: str | None = None
+        self,
+        name: str,
+        *,
+        base: str,
+        revision: str | None = None,
+        seed: int = 0,
+        tracker: str | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
     ):
         """See the class."""
+        if quantize not in (None, "nf4"):
+            raise AlignError(f"recipe: quantize {quantize!r} is not known; expected 'nf4', or none.")
+        if quantize is not None and dtype not in (None, quantize):
+            raise AlignError(f"recipe: quantize={quantize!r} and dtype={dtype!r} cannot both be; leave dtype out.")
+        dtype = quantize or dtype
         if tracker is not None and tracker not in TRACKERS:
             raise AlignError(f"recipe: tracker {tracker!r} is not known; expected one of {', '.join(TRACKERS)}, or none.")
         if dtype is not None and dtype not in DTYPES:
@@ -361,7 +375,7 @@ class Recipe:
             self.revision = None if value is None else str(value)
         elif path == ["tracker"] and (value is None or value in TRACKERS):
             self.tracker = value
-        elif path == ["dtype"] and (value is None or value in DTYPES):
+        elif (path == ["dtype"] and (value is None or value in DTYPES)) or (path == ["quantize"] and value in (None, "nf4")):
             self.dtype = value
         elif path == ["seed"] and isinstance(value, int) and value >= 0:
             for name, stage in self.stages.items():
@@ -371,7 +385,7 @@ class Recipe:
         else:
             raise AlignError(
                 f"--set recipe.{'.'.join(path)}={value}: expected recipe.base, recipe.revision, recipe.seed (0 or more), "
-                f"recipe.dtype ({', '.join(DTYPES)}) or recipe.tracker ({', '.join(TRACKERS)})."
+                f"recipe.dtype ({', '.join(DTYPES)}), recipe.quantize (nf4, none) or recipe.tracker ({', '.join(TRACKERS)})."
             )
 
     # Running ----------------------------------------------------------------------------------------------------------

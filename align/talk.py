@@ -30,7 +30,7 @@ class Speaker:
         """Load the policy at `folder`, a stage's or a run's."""
         artifact = find_policy(folder)
         self.name = artifact.name
-        trunk, self.chat = open_trunk(artifact.base, artifact)
+        trunk, self.chat = open_trunk(artifact.base, artifact, artifact.facts["dtype"])
         role = load_role(trunk, artifact)
         sampler = Sampler(trunk)
         if sampler.copy is not None:

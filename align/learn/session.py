@@ -97,7 +97,7 @@ def _scorer(session: Session, reward: Reward, roles: dict[str, Role]) -> Scorer:
     if reward.kind == "function":
         return FunctionReward(reward.name, reward.source, session.place)
     if reward.kind == "classifier":
-        dtype = getattr(torch, job.dtype) if job.dtype else native_dtype(trunk.device)
+        dtype = getattr(torch, job.dtype) if job.dtype not in (None, "nf4") else native_dtype(trunk.device)
         return ClassifierReward(reward.name, reward.source, dtype, trunk.device)
     if reward.kind == "judge":
         return JudgedReward(reward.name, _judge(session, reward), reward.source.settings)

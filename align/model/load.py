@@ -39,7 +39,8 @@ def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) 
     location = str(first.folder / MODEL) if first and first.facts["model"]["form"] == "full" else local_model(base)
     revision = base.revision if location == base.location else None
     with loading_explained(base.source):
-        trunk = Trunk.load(location, dtype and getattr(torch, dtype), revision, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        trunk = Trunk.load(location, dtype if dtype == "nf4" else dtype and getattr(torch, dtype), revision, device)
         chat = Chat.load(location, revision)
     if not trunk.packs:
         say("  note: this model's attention cannot run packed rows exactly, so rows are padded (slower, same results)")

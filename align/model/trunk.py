@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from align.errors import AlignError
 from align.model import attention
@@ -68,6 +69,27 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def _load_nf4(path: str | Path, revision: str | None, device: str) -> PreTrainedModel:
+    """A base whose linear layers are in 4-bit NormalFloat, doubly quantised (QLoRA, arXiv 2305.14314), computed in the native type."""
+    compute = native_dtype(torch.device(device))
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=compute,
+        revision=revision,
+        use_safetensors=True,
+        trust_remote_code=False,
+        device_map={"": device},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        ),
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 packs a layer anew in its first forward without gradients, and from then on gives none to what is below
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 class Trunk:
     """A base model with switchable adapters and heads."""
 
@@ -86,9 +108,11 @@ class Trunk:
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, device: str | torch.device = "cpu"
+        cls, path: str | Path, dtype: torch.dtype | Literal["nf4"] | None = None, revision: str | None = None, device: str = "cpu"
     ) -> Trunk:
         """Load a base from a folder or a hub id. Safetensors only, no remote code; bfloat16 where that is native."""
+        if dtype == "nf4":
+            return cls(_load_nf4(path, revision, device))
         dtype = dtype or native_dtype(torch.device(device))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True, trust_remote_code=False)
         return cls(model.to(device))

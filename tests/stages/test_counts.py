@@ -1,0 +1,91 @@
+"""What a step costs, in counts that no clock disturbs: passes through the base, tokens in them, and positions of the output layer."""
+
+import pytest
+import torch
+from conftest import make_trainee
+from ppo_session import QUIET, open_tiny
+
+from align.model import forward as forward_module
+from align.model.packing import Example, pack
+from align.settings import DPOSettings, RewardSettings
+from align.stages import ppo
+from align.stages.dpo import DirectPreference
+from align.stages.reward import BradleyTerry
+from align.stages.sft import Likelihood
+
+EXAMPLES = [Example(i, (3, *range(50, 50 + i), 4), ((60, 61, 1), (62,) * (i + 1) + (1,))) for i in range(6)]
+TOKENS = sum(len(e.prompt) + sum(map(len, e.completions)) for e in EXAMPLES)
+COMPLETION_TOKENS = sum(map(len, (c for e in EXAMPLES for c in e.completions)))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts passes, tokens and output positions of a trunk: counted(trunk) begins, and gives what is counted from then on."""
+    found = {"passes": 0, "tokens": 0, "outputs": 0}
+    plain = forward_module.target_logprobs
+
+    def outputs(trunk, hidden, targets, temperature):
+        found["outputs"] += len(targets)
+        return plain(trunk, hidden, targets, temperature)
+
+    def passed(module, arguments, keywords):
+        found["passes"] += 1
+        found["tokens"] += keywords["input_ids"].numel()
+
+    def begin(trunk):
+        trunk.decoder.register_forward_pre_hook(passed, with_kwargs=True)
+        monkeypatch.setattr(forward_module, "target_logprobs", outputs)
+        return found
+
+    return begin
+
+
+def step(objective, examples, row_tokens):
+    rows = pack(examples, row_tokens)
+    totals = objective.totals(examples)
+    for row in rows:
+        objective(row, totals)[0].backward()
+    return len(rows)
+
+
+@pytest.mark.parametrize("row_tokens", [24, 1024])
+def test_sft_passes_each_token_once_and_only_replies_through_the_output_layer(chat, counted, row_tokens):
+    trainee = make_trainee(chat)
+    found = counted(trainee.trunk)
+    alone = [Example(e.index, e.prompt, e.completions[:1]) for e in EXAMPLES]
+    rows = step(Likelihood(trainee), alone, row_tokens)
+    assert found == {"passes": rows, "tokens": sum(e.tokens for e in alone), "outputs": sum(len(e.completions[0]) for e in alone)}
+
+
+@pytest.mark.parametrize("row_tokens", [24, 1024])
+def test_dpo_passes_a_prompt_once_for_both_sides_and_never_the_reference(chat, counted, row_tokens):
+    trainee = make_trainee(chat)
+    objective = DirectPreference(trainee, torch.ones(6), torch.zeros(6, 2), DPOSettings())
+    found = counted(trainee.trunk)
+    rows = step(objective, EXAMPLES, row_tokens)
+    assert found == {"passes": rows, "tokens": TOKENS, "outputs": COMPLETION_TOKENS}
+
+
+def test_a_reward_model_has_no_output_layer(chat, counted):
+    trainee = make_trainee(chat, head=True)
+    found = counted(trainee.trunk)
+    rows = step(BradleyTerry(trainee, torch.ones(6), torch.zeros(6), RewardSettings()), EXAMPLES, 1024)
+    assert found == {"passes": rows, "tokens": TOKENS, "outputs": 0}
+
+
+def test_a_round_of_ppo_passes_its_rows_four_times_to_score_and_twice_an_update(chat, counted, tmp_path, monkeypatch):
+    """Policy, reference, value and reward model once each; then policy and value in each of two passes. Sampling is not counted."""
+    session = open_tiny(chat, tmp_path, row_tokens=1024, minibatches=1)
+    found, rows = counted(session.learner.trainee.trunk), []
+    monkeypatch.setattr(ppo, "pack", lambda *given: rows.append(pack(*given)) or rows[-1])
+    sample = session.sampler.sample
+
+    def sampled(*arguments, **keywords):
+        completions = sample(*arguments, **keywords)
+        found.update(passes=0, tokens=0, outputs=0)
+        return completions
+
+    session.sampler.sample = sampled
+    ppo.play_round(session, ppo.State(0.05), 0, QUIET)
+    ((row,), _) = rows
+    assert found == {"passes": 4 + 2 * 2, "tokens": 8 * row.ids.numel(), "outputs": 4 * len(row.targets)}
