@@ -89,6 +89,10 @@ def _dispatch(arguments: list[str]) -> None:
         from align.progress import say
 
         say(f"exported to {export(options.policy, options.to, options.out, options.dtype)}")
+    elif options.command == "evaluate":
+        from align.evaluate_cli import run_evaluate
+
+        run_evaluate(options)
     elif options.command == "report":
         _report(options)
     elif options.command == "show":
@@ -141,6 +145,12 @@ def _judge_options(commands: Any, arguments: list[str]) -> None:
     else:
         commands.add_parser("judge", help="measure a judge before it labels: align judge audit --judge SPEC --gold FILE")
         commands.add_parser("label", help="have a judge label pairs of completions: align label PAIRS --judge SPEC --out FILE")
+    if arguments[:1] == ["evaluate"]:
+        from align.evaluate_cli import add_evaluate_command
+
+        add_evaluate_command(commands)
+    else:
+        commands.add_parser("evaluate", help="compare a run's policies on prompts of your own: align evaluate RUN --prompts FILE")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -1,0 +1,61 @@
+"""`align evaluate`: compare the policies of a run on other prompts, without a recipe. It is an evaluate stage like any other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align.artifact import Artifact
+from align.errors import AlignError
+from align.recipe import Recipe
+from align.show import open_run, show_results
+
+NAME = "evaluate"
+
+
+def add_evaluate_command(commands: Any) -> None:
+    """Its options."""
+    command = commands.add_parser("evaluate", help="compare a run's policies on prompts of your own")
+    command.add_argument("run", type=Path, help="a run's folder")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="prompts that nothing was trained on, in any known form")
+    command.add_argument("--policies", nargs="+", metavar="STAGE", help="stages, the first is compared with (default: all policies)")
+    command.add_argument("--reward", metavar="STAGE", help="the reward model that scores (default: the run's last)")
+    command.add_argument("--held-out", nargs="+", default=[], type=Path, metavar="FOLDER", help="reward models of other runs, beside it")
+    command.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="samples_per_prompt=4, best_of=8, ...")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to (default: RUN/evaluations/NAME-OF-FILE)")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Declare the stage on the run's artifacts, run it and show its table.
+
+    Raises:
+        AlignError: where the run has no such policy or no reward model.
+    """
+    made = open_run(options.run)
+    policies = _named(made, "policy", options.policies, options.run)
+    reward = _named(made, "reward_model", [options.reward] if options.reward else None, options.run)[-1]
+    base = policies[0].facts["base"]
+    recipe = Recipe(NAME, base=base["source"], revision=base["revision"], dtype=policies[0].facts["dtype"])
+    recipe.evaluate(
+        policies=[recipe.load(artifact.folder) for artifact in policies],
+        prompts=options.prompts,
+        reward_model=recipe.load(reward.folder),
+        held_out=[recipe.load(folder) for folder in options.held_out],
+    )
+    for text in options.set:
+        recipe.override(f"{NAME}.{text}")
+    out = recipe.run(options.out or options.run / "evaluations" / Path(options.prompts).name.split(".")[0])
+    show_results(out, [NAME])
+
+
+def _named(made: Sequence[Artifact], kind: str, names: Sequence[str] | None, run: Path) -> list[Artifact]:
+    found = {artifact.name: artifact for artifact in made if artifact.kind == kind}
+    what = kind.replace("_", " ")
+    if not found:
+        raise AlignError(f"{run}: has no finished {what}; see align show {run}.")
+    for name in names or ():
+        if name not in found:
+            raise AlignError(f"{run}: has no {what} {name!r}. It has: {', '.join(found)}.")
+    return [found[name] for name in names or found]
