@@ -59,6 +59,19 @@ class Head(nn.Module):
         return head
 
 
+def peft_config(lora: Lora) -> LoraConfig:
+    """Our settings of an adapter as peft's."""
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+
+
 def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor computes in it natively, else float32."""
     if device.type == "cuda":
@@ -179,15 +192,7 @@ class Trunk:
     def add_adapter(self, name: str, lora: Lora, seed: int) -> None:
         """Add a fresh adapter. B is 0, so the role's output does not change until it is trained."""
         torch.manual_seed(seed)
-        config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
-        )
+        config = peft_config(lora)
         try:
             with self._adding_adapter():
                 if self.peft is None:

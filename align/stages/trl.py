@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -35,7 +35,7 @@ from align.learn.prompts import PromptRow
 from align.learn.scores import FunctionReward
 from align.model.compose import compose
 from align.model.load import ADAPTER, load_role, open_trunk, own_model
-from align.model.trunk import Trunk
+from align.model.trunk import Trunk, peft_config
 from align.progress import Meter, say
 from align.run import Job, Result
 from align.settings import Lora
@@ -93,7 +93,7 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
     model.set_attn_implementation(trunk.own_attention)
     torch.manual_seed(job.settings.seed)
     folders = _adapters(policy)
-    config, weights = compose(folders) if folders else (_fresh(lora), {})
+    config, weights = compose(folders) if folders else (peft_config(lora), {})
     config.inference_mode = False
     trained = get_peft_model(model, config)
     if folders:
@@ -108,17 +108,6 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
             "could be rounding. The installed peft does not run them as align does."
         )
     return trained, change
-
-
-def _fresh(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        use_rslora=lora.rslora,
-    )
 
 
 def save_default(model: PeftModel, folder: Path) -> None:
