@@ -43,7 +43,11 @@ def run(job: Job) -> Result:
     """Sample, score and compare."""
     settings: EvaluateSettings = job.settings
     policies = [job.parents[role] for role in job.parents if role.startswith("policies.")]
-    rewards = [artifact for role, artifact in job.parents.items() if role == "reward_model" or role.startswith("held_out.")]
+    rewards = [
+        artifact
+        for role, artifact in job.parents.items()
+        if artifact is not None and (role == "reward_model" or role.startswith("held_out."))
+    ]
     names = [policy.name if policy else "base" for policy in policies]
     names = [name if names.count(name) == 1 else f"{name} {number + 1}" for number, name in enumerate(names)]
     meter = job.meter("score", unit="prompts")
@@ -64,7 +68,7 @@ def run(job: Job) -> Result:
         elif root_identity(job.base, policy) == root_identity(job.base, policies[0]):
             answer.kl = _kl(trunk, load_role(trunk, policy), load_role(trunk, policies[0]), answer.examples, settings)
         for reward in rewards:
-            if reward is not None and root_identity(job.base, policy) == root_identity(job.base, reward):
+            if root_identity(job.base, policy) == root_identity(job.base, reward):
                 role = load_role(trunk, reward)
                 for each in found:
                     _keep(each, reward, rewards, _scores(trunk, role, each, settings))
@@ -143,7 +147,7 @@ def _best_of(
     return answer
 
 
-def _keep(answer: Answers, reward: Artifact, rewards: list[Artifact | None], scores: list[list[float | None]]) -> None:
+def _keep(answer: Answers, reward: Artifact, rewards: list[Artifact], scores: list[list[float | None]]) -> None:
     if reward is rewards[0]:
         answer.scores = scores
     else:
@@ -178,7 +182,7 @@ def _by_example(row: Row, per_completion: torch.Tensor) -> dict[int, list[float]
     return {e.index: part.tolist() for e, part in zip(row.examples, per_completion.cpu().split(sizes), strict=True)}
 
 
-def _score_apart(job: Job, reward: Artifact, rewards: list[Artifact | None], answers: list[Answers], settings: EvaluateSettings) -> None:
+def _score_apart(job: Job, reward: Artifact, rewards: list[Artifact], answers: list[Answers], settings: EvaluateSettings) -> None:
     """Score with a reward model that stands on weights of its own; it must share the policies' tokenizer."""
     trunk, chat = open_trunk(job.base, reward, job.dtype)
     role = load_role(trunk, reward)
