@@ -169,6 +169,10 @@ CONTRADICTIONS = {
     "no token rewards": ({"estimator": "dr_grpo", "whiten_rewards": True}, "has no per-token rewards; set whiten_rewards=false"),
     "all warm-up": ({"value_warmup": 12}, "value_warmup=12 leaves no round for the policy; raise iterations (12)"),
     "a target of nothing": ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target multiplies kl_coef, which is 0; set kl_coef above 0"),
+    "an address that is none": (
+        {"sampler": "localhost:8000"},
+        "sampler='localhost:8000' is no address; expected local, or a server's, such as",
+    ),
     "a short horizon": ({"kl_target": 6.0, "kl_horizon": 47}, "kl_horizon=47 is under a round's 48 completions"),
     "nothing held out": ({"patience": 1, "max_kl": 3.0}, "patience and max_kl need evaluations; set holdout, such as 0.1"),
     "no such reward": ({"choose_by": "gold", "holdout": 0.1}, "choose_by='gold' names no reward of this stage; there is short"),

@@ -123,7 +123,7 @@ def test_policies_are_compared_with_the_first(finished):
 
 
 def test_nothing_half_made_is_left(finished):
-    assert {path.name for path in finished.iterdir()} == {*STAGES, "run.json", ".lock"}
+    assert {path.name for path in finished.iterdir()} == {*STAGES, "run.json", ".lock", "report.html"}
 
 
 # What is done is not done again --------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_how_often_a_checkpoint_is_written_decides_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_other_setting_decides(kind):
     left_out = set(kind.model_fields) - set(kind().deciding())
-    assert left_out <= {"save_every", "samples_every", "max_bad_rows"}
+    assert left_out <= {"save_every", "samples_every", "max_bad_rows", "sampler"}
 
 
 @pytest.mark.parametrize("values", [{"seed": 1}, {"epochs": 3.0}, {"lora": None}, {"lora": {"rank": 4}}, {"lora": {"dropout": 0.5}}])
