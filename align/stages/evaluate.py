@@ -98,8 +98,9 @@ def _answer(
     count: int | None = None,
 ) -> Answers:
     """`count` completions of each prompt, as many as the settings say unless given."""
+    role = load_role(trunk, policy)  # before the sampler, which merges only where there are adapters
     completions = Sampler(trunk).sample(
-        load_role(trunk, policy),
+        role,
         prompts,
         count or settings.samples_per_prompt,
         settings.max_new_tokens,

@@ -120,3 +120,16 @@ def test_best_of_needs_a_reward_model_on_the_same_weights(tiny_base, data, tmp_p
         AlignError, match=r"evaluate\.best_of: the reward model 'reward' stands on other weights than base; leave best_of out"
     ):
         recipe.run(tmp_path / "run")
+
+
+def test_every_policy_is_sampled_from_merged_weights(small_run, tiny_base, data, tmp_path, monkeypatch):
+    from align.stages import evaluate
+
+    merged = []
+    plain = evaluate.Sampler.sample
+    monkeypatch.setattr(evaluate.Sampler, "sample", lambda self, *a, **k: merged.append(self.copy is not None) or plain(self, *a, **k))
+    recipe = Recipe("merged", base=str(tiny_base), dtype="float32")
+    policies, reward = [recipe.load(small_run / name) for name in ("sft", "ppo")], recipe.load(small_run / "reward")
+    recipe.evaluate(policies=policies, reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=4)
+    recipe.run(tmp_path / "run")
+    assert merged == [True, True]
