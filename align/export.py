@@ -81,8 +81,12 @@ def export(folder: Path, form: Form, out: Path | None = None, dtype: str = "bflo
             (work / "README.md").write_text(model_card(artifact, form, change and vars(change)), encoding="utf-8")
             if form == "gguf":
                 to_gguf(work, artifact.name)
-            shutil.rmtree(out, ignore_errors=True)
+            work.chmod(0o755)  # a temporary folder is its owner's alone
+            former = work.with_name(f"{work.name}-former")
+            if out.exists():
+                out.rename(former)
             work.rename(out)
+            shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if change is not None:

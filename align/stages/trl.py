@@ -101,7 +101,7 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
         assert not loaded.unexpected_keys, loaded.unexpected_keys
     with torch.no_grad():
         change = float((trained(ids).logits.float() - before).abs().max())
-    allowed = (1e-4 if model.dtype == torch.float32 else 0.05) * float(before.abs().max())
+    allowed = (1e-4 if model.dtype == torch.float32 else 0.15) * float(before.abs().max())
     if not change <= allowed:
         raise AlignError(
             f"{job.name}: the policy's {len(folders)} adapters, joined into one, change a logit by {change:.3g}; up to {allowed:.3g} "

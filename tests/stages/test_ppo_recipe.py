@@ -344,12 +344,12 @@ def test_a_killed_run_with_every_kind_of_state_makes_the_same_bytes(moment, ever
 @pytest.mark.slow
 def test_a_run_killed_ten_times_in_a_row_at_random_moments_makes_the_same_bytes(everything, tmp_path):
     """Ten kills of one run, each after a random while: before its first round, in the middle of any, or at its end."""
-    command = ("run", everything.script, "--set", "ppo.iterations=40", "--set", "ppo.save_every=1")
+    command = ("run", everything.script, "--set", "ppo.iterations=150", "--set", "ppo.save_every=1")
     assert align(*command, "--out", "undisturbed", folder=tmp_path).code == 0
     moments, kills = random.Random(0), 0
     while kills < 10:
         running = start(*command, "--out", "run", folder=tmp_path)
-        running.process.join(moments.uniform(0.5, 4))
+        running.process.join(moments.uniform(0.5, 3))
         if running.process.exitcode is None:
             running.process.kill()
             kills += 1
