@@ -158,4 +158,5 @@ def test_the_real_model_exports_in_every_form(smollm2, tmp_path):
     back = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     with torch.no_grad():
         again = back(torch.tensor([ids])).logits[0].log_softmax(-1)
-    assert float((again - logprobs_of(artifact, ids)).abs().max()) < 0.5  # bfloat16 weights
+    stack = logprobs_of(artifact, ids)
+    assert float((stack.exp() * (stack - again)).sum(-1).mean()) < 0.02  # KL in nats a token: the weights are rounded to bfloat16
