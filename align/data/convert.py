@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 REVISION = 2  # raised when the same files begin to give other records
 BATCH = 5000  # records written at one time
 SEVERAL_PROCESSES_FROM = 8_000_000  # bytes; below, starting processes costs more than it saves
+REMEMBERED = 0.05  # seconds in which the hashes of files that were seen before are known
 PART = 64_000_000  # bytes of a large file that are converted at one time
 SEEN_FOR_FORMAT = 1000  # rows looked at to recognise a file
 RAW_KEPT = 2000  # characters of a refused row kept for rejected.jsonl
@@ -121,10 +122,12 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
     """
     files = find_files(source, where)
     with ThreadPoolExecutor(1) as thread:
-        hashes = thread.map(file_sha256, files)
-        if sum(path.stat().st_size for path in files) >= SEVERAL_PROCESSES_FROM:
+        hashes = [thread.submit(file_sha256, path) for path in files]
+        if wait(hashes, timeout=REMEMBERED).not_done:
             _load_pyarrow()
-    known = [{"path": str(path), "sha256": sha256, "bytes": path.stat().st_size} for path, sha256 in zip(files, hashes, strict=True)]
+    known = [
+        {"path": str(path), "sha256": sha256.result(), "bytes": path.stat().st_size} for path, sha256 in zip(files, hashes, strict=True)
+    ]
     hub = [source.path, source.split, source.revision, source.config]
     contents = [(file["sha256"], data_suffix(path)) for file, path in zip(known, files, strict=True)]
     decides = [REVISION, kind, sorted((source.columns or {}).items()), contents or hub]
@@ -149,7 +152,7 @@ def convert_source(source: Source, kind: Kind | None, where: str) -> Converted:
 
 
 def _load_pyarrow() -> None:
-    """Load what conversion needs: once, while the files are hashed and before processes part, instead of in each of them."""
+    """Load what conversion needs: once, while large new files are hashed and before processes part, instead of in each of them."""
     import pyarrow as pa
 
     import align.data.fast  # noqa: F401
@@ -184,6 +187,7 @@ def _convert(source: Source, kind: Kind | None, where: str, files: list[Path], f
     if len(works) == 1 or sum(path.stat().st_size for path in files) < SEVERAL_PROCESSES_FROM:
         counts = [convert_part(work) for work in works]
     else:
+        _load_pyarrow()
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(min(len(works), os.cpu_count() or 1), context) as pool:
             counts = list(tracked(pool.map(convert_part, works), len(works), f"reading {source.path}"))
