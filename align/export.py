@@ -16,12 +16,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from align.artifact import Artifact, full_disk_explained
-from align.base import cache_folder, loading_explained, local_model
+from align.base import cache_folder, loading_explained
 from align.card import model_card
 from align.chat import Chat
 from align.errors import AlignError
-from align.model.compose import compose, save_composed
-from align.model.load import ADAPTER, MODEL, load_role, open_trunk
+from align.model.compose import plain_configs, save_composed
+from align.model.load import adapter_folders, load_role, open_trunk, weights_below
 from align.model.trunk import Role, Trunk
 from align.progress import say
 from align.records import Message
@@ -66,7 +66,7 @@ def export(folder: Path, form: Form, out: Path | None = None, dtype: str = "bflo
     artifact = find_policy(folder)
     out = out or artifact.folder.parent / "exports" / f"{artifact.name}-{form}"
     check_free(out)
-    if form == "adapter" and not adapters(artifact):
+    if form == "adapter" and not adapter_folders(artifact):
         raise AlignError(f"{artifact.folder}: all of its weights were trained, so there is no adapter. Use --to merged.")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
@@ -104,30 +104,17 @@ def check_free(out: Path) -> None:
         raise AlignError(f"{out}: is there already and is no export. Give another folder: --out FOLDER")
 
 
-def adapters(artifact: Artifact) -> list[Path]:
-    """The folders of the adapters that a policy is stacked of, first to last."""
-    return [each.folder / ADAPTER for each in artifact.chain() if each.facts["model"]["form"] != "full"]
-
-
-def weights_below(artifact: Artifact) -> tuple[str, str | None]:
-    """Where the weights are that a policy's adapters stand on, a folder or a hub id, and the revision of the latter."""
-    first = artifact.chain()[0]
-    if first.facts["model"]["form"] == "full":
-        return str((first.folder / MODEL).resolve()), None
-    base = artifact.base
-    return (base.location, base.revision) if base.kind == "hub" else (local_model(base), None)
-
-
 def write_adapter(artifact: Artifact, folder: Path) -> None:
     """The stack as one adapter, with the tokenizer it was trained with."""
-    location, revision = weights_below(artifact)
+    location, revision = weights_below(artifact.base, artifact)
+    location = str(Path(location).resolve()) if Path(location).is_dir() else location  # else a hub's id
     with loading_explained(artifact.facts["base"]["source"]):
         chat = Chat.load(location, revision)
-    save_composed(adapters(artifact), folder)
+    save_composed(adapter_folders(artifact), folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": location, "revision": revision}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_tokenizer(chat, folder)
+    chat.tokenizer.save_pretrained(folder)  # with the chat template that the policy was trained with
 
 
 @torch.no_grad()
@@ -138,7 +125,7 @@ def write_merged(artifact: Artifact, folder: Path, dtype: str) -> Change | None:
     merged, change = trunk.model, None
     if role.adapters:
         if not trunk.can_merge():
-            compose(adapters(artifact))  # says which of them is not plain LoRA
+            plain_configs(adapter_folders(artifact))  # says which of them is not plain LoRA
             raise AlignError(f"{artifact.folder}: an adapter is on tied weights, which cannot take it. Use --to adapter.")
         merged = trunk.merged_copy()
         trunk.merge_into(merged, role)
@@ -148,7 +135,7 @@ def write_merged(artifact: Artifact, folder: Path, dtype: str) -> Change | None:
     merged.set_attn_implementation(trunk.own_attention)
     merged.generation_config = generation_config(chat)
     merged.save_pretrained(folder)
-    save_tokenizer(chat, folder)
+    chat.tokenizer.save_pretrained(folder)  # with the chat template that the policy was trained with
     return change
 
 
@@ -176,11 +163,6 @@ def generation_config(chat: Chat) -> GenerationConfig:
         bos_token_id=chat.tokenizer.bos_token_id,
         do_sample=True,
     )
-
-
-def save_tokenizer(chat: Chat, folder: Path) -> None:
-    """The tokenizer with the chat template that the policy was trained with."""
-    chat.tokenizer.save_pretrained(folder)
 
 
 # GGUF ------------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
     starts = np.cumsum([0, *(len(converted.table) for converted in data.converted)])[:-1]
     records = whole.select(starts[data.chosen[:, 0]] + data.chosen[:, 1], new_fingerprint=fingerprint)
     processes = (os.cpu_count() or 1) if len(records) >= SEVERAL_PROCESSES_FROM else None
-    with _bars_of_datasets(processes is not None and console.is_terminal):
+    with bars_of_datasets(processes is not None and console.is_terminal):
         tokens = records.map(
             _Renderer(chat, data, rendering),
             batched=True,
@@ -214,7 +214,7 @@ def tokenised(data: Data, chat: Chat, settings: Training) -> datasets.Dataset:
 
 
 @contextmanager
-def _bars_of_datasets(shown: bool) -> Iterator[None]:
+def bars_of_datasets(shown: bool) -> Iterator[None]:
     """The library's progress bars only where there is something to wait for and someone to see it."""
     import datasets
 

@@ -15,7 +15,7 @@ from align.learn.optimise import make_optimizer
 from align.learn.prompts import PromptRow, read_prompts
 from align.learn.scores import ClassifierReward, FunctionReward, JudgedReward, Scorer, TrunkReward
 from align.learn.updates import Learner
-from align.model.load import ADAPTER, Sampler, load_role, open_trainee, root_identity
+from align.model.load import Sampler, adapter_folders, load_role, open_trainee, root_identity
 from align.model.served import ServedSampler
 from align.model.trunk import Head, Role, Trunk, native_dtype
 from align.rewards import Reward
@@ -89,7 +89,7 @@ def _sampler(job: Job, trunk: Trunk, settings: PPOSettings) -> Sampler | ServedS
     chain = policy.chain() if policy else []
     if any(artifact.facts["model"]["form"] == "full" for artifact in chain):
         raise AlignError(f"{job.name}.sampler: a server holds the base, but {chain[0].name} has weights of its own. Use sampler=local.")
-    return ServedSampler(settings.sampler, trunk, [artifact.folder / ADAPTER for artifact in chain])
+    return ServedSampler(settings.sampler, trunk, adapter_folders(policy))
 
 
 def _scorer(session: Session, reward: Reward, roles: dict[str, Role]) -> Scorer:

@@ -31,11 +31,7 @@ def compose(folders: Sequence[Path]) -> tuple[LoraConfig, dict[str, Tensor]]:
     Raises:
         AlignError: where one is not plain LoRA, for which no such sum exists.
     """
-    configs = [LoraConfig.from_pretrained(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        if config.use_dora or config.bias != "none" or config.modules_to_save:
-            kind = "DoRA" if config.use_dora else "LoRA with biases or whole layers"
-            raise AlignError(f"{folder}: is {kind}, which cannot be added to other adapters exactly. Train it with lora.dora=false.")
+    configs = plain_configs(folders)
     tensors = [load_file(folder / WEIGHTS) for folder in folders]
     names = sorted({name.removesuffix(A) for weights in tensors for name in weights if name.endswith(A)})
     composed: dict[str, Tensor] = {}
@@ -50,6 +46,20 @@ def compose(folders: Sequence[Path]) -> tuple[LoraConfig, dict[str, Tensor]]:
     rank = sum(config.r for config in configs)
     targets = sorted({_without_prefix(name) for name in names})
     return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets, inference_mode=True), composed
+
+
+def plain_configs(folders: Sequence[Path]) -> list[LoraConfig]:
+    """The adapters' configs.
+
+    Raises:
+        AlignError: where one is not plain LoRA.
+    """
+    configs = [LoraConfig.from_pretrained(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if config.use_dora or config.bias != "none" or config.modules_to_save:
+            kind = "DoRA" if config.use_dora else "LoRA with biases or whole layers"
+            raise AlignError(f"{folder}: is {kind}, which cannot be added to other adapters exactly. Train it with lora.dora=false.")
+    return configs
 
 
 def scale_of(config: LoraConfig) -> float:

@@ -33,11 +33,21 @@ def root_identity(base: Base, artifact: Artifact | None) -> str:
     return first.identity if first and first.facts["model"]["form"] == "full" else base.identity
 
 
-def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) -> tuple[Trunk, Chat]:
-    """Load the weights that an artifact stands on, without its adapters, in the processor's native type unless told."""
+def weights_below(base: Base, artifact: Artifact | None) -> tuple[str, str | None]:
+    """Where the weights are that an artifact's adapters stand on, a folder or a hub id, and the revision of the latter."""
     first = artifact.chain()[0] if artifact else None
     location = str(first.folder / MODEL) if first and first.facts["model"]["form"] == "full" else local_model(base)
-    revision = base.revision if location == base.location else None
+    return location, base.revision if location == base.location else None
+
+
+def adapter_folders(artifact: Artifact | None) -> list[Path]:
+    """The folders of the adapters that a policy is stacked of, first to last."""
+    return [each.folder / ADAPTER for each in (artifact.chain() if artifact else ()) if each.facts["model"]["form"] != "full"]
+
+
+def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) -> tuple[Trunk, Chat]:
+    """Load the weights that an artifact stands on, without its adapters, in the processor's native type unless told."""
+    location, revision = weights_below(base, artifact)
     with loading_explained(base.source):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         trunk = Trunk.load(location, dtype if dtype == "nf4" else dtype and getattr(torch, dtype), revision, device)

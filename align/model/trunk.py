@@ -72,6 +72,16 @@ def peft_config(lora: Lora) -> LoraConfig:
     )
 
 
+def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Write one adapter of a model in peft's own form."""
+    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    if name != "default":  # which alone peft writes into the folder itself
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
 def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor computes in it natively, else float32."""
     if device.type == "cuda":
@@ -215,11 +225,7 @@ class Trunk:
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write one adapter in peft's own form: folder/adapter_model.safetensors and adapter_config.json."""
         assert self.peft is not None
-        self.peft.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-        for file in (folder / name).iterdir():
-            file.rename(folder / file.name)
-        (folder / name).rmdir()
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        save_adapter(self.peft, name, folder)
 
     def copy_adapter(self, source: str, target: str) -> None:
         """Give `target` the weights of `source`; both exist and have the same shape."""

@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +25,16 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 import datasets
-from align.artifact import Artifact
 from align.chat import Chat
 from align.data.mix import Data
 from align.data.originals import original_rows
+from align.data.tokenise import bars_of_datasets
 from align.errors import AlignError
 from align.learn.prompts import PromptRow
 from align.learn.scores import FunctionReward
 from align.model.compose import compose
-from align.model.load import ADAPTER, load_role, open_trunk, own_model
-from align.model.trunk import Trunk, peft_config
+from align.model.load import ADAPTER, adapter_folders, load_role, open_trunk, own_model
+from align.model.trunk import Trunk, peft_config, save_adapter
 from align.progress import Meter, say
 from align.run import Job, Result
 from align.settings import Lora
@@ -49,11 +48,11 @@ def run(job: Job) -> Result:
     """Hand model, rows and settings to the trainer, and keep the adapter that it leaves."""
     settings: TRLSettings = job.settings
     trunk, chat = open_trunk(job.base, job.parents["policy"], job.dtype)
-    facts = own_model(trunk, chat, "composed" if _adapters(job.parents["policy"]) else "adapter")
+    facts = own_model(trunk, chat, "composed" if adapter_folders(job.parents["policy"]) else "adapter")
     model, change = _trained_model(job, trunk, settings.lora)
     data = next(iter(job.data.values()))
     rows, left_out = _rows(job, data, chat)
-    with _quiet(), _refusals_explained(job.name, settings.trainer):
+    with _quiet(), bars_of_datasets(False), _refusals_explained(job.name, settings.trainer):
         trainer = _make_trainer(job, model, _tokenizer(chat), rows, _rewards(job, data))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -64,19 +63,13 @@ def run(job: Job) -> Result:
         finally:
             meter.close()
     _check_finite(job.name, trainer.model)
-    save_default(trainer.model, job.work / ADAPTER)
+    save_adapter(trainer.model, "default", job.work / ADAPTER)  # without the reference's copy that some trainers add
     metrics = {name: value for line in trainer.state.log_history for name, value in line.items() if isinstance(value, int | float)}
     used = {"used": len(rows), "over_max_length": left_out}
     return Result("policy", facts, metrics, {"change_at_start": change}, {next(iter(job.data)): used})
 
 
 # The model -------------------------------------------------------------------------------------------------------------------
-
-
-def _adapters(policy: Artifact | None) -> list[Path]:
-    """The folders of the adapters that a policy is stacked of."""
-    chain = policy.chain() if policy else []
-    return [artifact.folder / ADAPTER for artifact in chain if artifact.facts["model"]["form"] != "full"]
 
 
 def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float]:
@@ -92,7 +85,7 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
     model = trunk.peft.unload() if trunk.peft else trunk.model
     model.set_attn_implementation(trunk.own_attention)
     torch.manual_seed(job.settings.seed)
-    folders = _adapters(policy)
+    folders = adapter_folders(policy)
     config, weights = compose(folders) if folders else (peft_config(lora), {})
     config.inference_mode = False
     trained = get_peft_model(model, config)
@@ -108,12 +101,6 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
             "could be rounding. The installed peft does not run them as align does."
         )
     return trained, change
-
-
-def save_default(model: PeftModel, folder: Path) -> None:
-    """Write the adapter 'default' in peft's form, without the reference's copy that some trainers add."""
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
 def _check_finite(name: str, model: PeftModel) -> None:
@@ -254,7 +241,6 @@ def _quiet() -> Iterator[None]:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     try:
         yield
     finally:
