@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -104,7 +103,7 @@ def _evaluations(artifact: Artifact) -> list[str]:
     """The tables of the run's evaluations that this policy is in."""
     parts = []
     for path in sorted(artifact.folder.parent.glob(f"*/{FACTS}")):
-        other = Artifact.open(Path(path).parent)
+        other = Artifact.open(path.parent)
         table = other.facts["metrics"].get("policies", []) if other.kind == "evaluation" else []
         if any(line.get("identity") == artifact.identity for line in table):
             rows = [

@@ -68,12 +68,18 @@ def prompts_needed(difference: float, interval: Sequence[float], prompts: int) -
     return max(2, math.ceil(((1.96 + 0.8416) * spread / difference) ** 2))
 
 
+def direction(interval: Sequence[float] | None) -> str | None:
+    """Which way a difference goes, where its interval leaves no doubt of it."""
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return None
+    return "better" if interval[0] > 0 else "worse"
+
+
 def in_words(difference: float | None, interval: Sequence[float] | None, prompts: int, first: str) -> str:
     """What a difference to the first policy lets one say: no more than its interval does."""
     if difference is None or interval is None:
         return f"nothing can be said against {first}: fewer than two prompts have scores of both"
-    if interval[0] > 0 or interval[1] < 0:
-        word = "better" if difference > 0 else "worse"
+    if word := direction(interval):
         return f"{word} than {first} by {abs(difference):.2f} (95% {interval[0]:+.2f} to {interval[1]:+.2f})"
     needed = prompts_needed(difference, interval, prompts)
     more = f"; about {needed:,} would be needed for one of {abs(difference):.2f}" if needed is not None else ""

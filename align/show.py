@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         "skip": "skip",
     }
     for planned in plans:
-        parents = ", ".join(dict.fromkeys(parent["name"] if parent else "base" for parent in planned.parents.values()))
+        parents = ", ".join(parent_names(planned.parents))
         rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
         took = f"{planned.seconds:.0f} s" if planned.seconds is not None else "not known"
         table.add_row(
@@ -68,8 +69,8 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         console.print("Nothing to do: every stage is done.")
 
 
-def open_run(run: Path) -> list[Artifact]:
-    """A run's finished stages, in the recipe's order.
+def read_listing(run: Path) -> dict[str, Any]:
+    """What a run's folder says of its recipe: its name, and its stages in order.
 
     Raises:
         AlignError: where the folder is no run.
@@ -78,10 +79,29 @@ def open_run(run: Path) -> list[Artifact]:
     if not listing.is_file():
         raise AlignError(f"{run}: not a run's folder (no run.json). Runs are in runs/ unless --out said otherwise.")
     try:
-        names = json.loads(listing.read_text())["stages"]
+        found = json.loads(listing.read_text())
+        return {**found, "stages": list(found["stages"])}
     except (ValueError, KeyError, TypeError):
         raise AlignError(f"{listing}: cannot be read. Run the recipe again; it writes the file anew.") from None
-    return [Artifact.open(run / name) for name in names if (run / name / FACTS).is_file()]
+
+
+def open_run(run: Path) -> list[Artifact]:
+    """A run's finished stages, in the recipe's order.
+
+    Raises:
+        AlignError: where the folder is no run.
+    """
+    return [Artifact.open(run / name) for name in read_listing(run)["stages"] if (run / name / FACTS).is_file()]
+
+
+def was_begun(run: Path, name: str) -> bool:
+    """Whether a stage that is not finished was stopped in the middle."""
+    return (run / PARTIAL).is_dir() and any((run / PARTIAL).glob(f"{name}-*"))
+
+
+def parent_names(parents: Mapping[str, Any]) -> list[str]:
+    """What a stage was made from, each once."""
+    return list(dict.fromkeys(parent["name"] if parent else "base" for parent in parents.values()))
 
 
 def show_run(folder: Path) -> None:
@@ -93,10 +113,10 @@ def show_run(folder: Path) -> None:
     artifacts = open_run(folder)
     made = {artifact.name: artifact for artifact in artifacts}
     table = Table("stage", "makes", "from", "state", "seconds", "peak GB", "key metrics", title=escape(str(folder)), title_justify="left")
-    for name in json.loads((folder / "run.json").read_text())["stages"]:
+    for name in read_listing(folder)["stages"]:
         if name in made:
             facts = made[name].facts
-            parents = ", ".join(dict.fromkeys(p["name"] if p else "base" for p in facts["parents"].values()))
+            parents = ", ".join(parent_names(facts["parents"]))
             stale = [p["name"] for p in facts["parents"].values() if p and p["name"] in made and made[p["name"]].identity != p["identity"]]
             state = f"[yellow]outdated ({', '.join(stale)} changed)[/]" if stale else "[green]done[/]"
             table.add_row(
@@ -109,8 +129,7 @@ def show_run(folder: Path) -> None:
                 _key_metrics(facts["metrics"]),
             )
         else:
-            begun = any((folder / PARTIAL).glob(f"{name}-*")) if (folder / PARTIAL).is_dir() else False
-            table.add_row(name, "", "", "[yellow]stopped in the middle[/]" if begun else "not made", "", "", "")
+            table.add_row(name, "", "", "[yellow]stopped in the middle[/]" if was_begun(folder, name) else "not made", "", "", "")
     console.print(table)
     show_results(folder, list(made), samples=0)
 

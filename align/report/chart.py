@@ -132,7 +132,7 @@ def chain(stages: Sequence[Mapping[str, Any]]) -> Markup:
 def _box_lines(stage: Mapping[str, Any]) -> list[str]:
     if stage["state"] != "done":
         return [stage["state"]]
-    cost = f"{_time(stage['seconds'])}, {stage['peak_gb']:.1f} GB"
+    cost = f"{duration(stage['seconds'])}, {stage['peak_gb']:.1f} GB"
     key = stage["key"][-1] if stage["key"] else None
     shown = {"ppo": "score", "reward": "heldout_accuracy"}.get(stage["stage"])
     key = next((each for each in stage["key"] if each["metric"] == shown), key)
@@ -140,7 +140,8 @@ def _box_lines(stage: Mapping[str, Any]) -> list[str]:
     return [cost, f"{words.get(key['metric'], key['metric'])} {key['value']:.3g}"] if key else [cost]
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as text, in minutes where there are many."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 

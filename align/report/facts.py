@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.artifact import FACTS, Artifact
-from align.confidence import in_words
+from align.artifact import Artifact
+from align.confidence import direction, in_words
 from align.curves import SHOWN
 from align.errors import AlignError
-from align.plan import PARTIAL
 from align.settings import (
     DPOSettings,
     EvaluateSettings,
@@ -24,7 +23,7 @@ from align.settings import (
     Settings,
     SFTSettings,
 )
-from align.show import open_run
+from align.show import open_run, parent_names, read_listing, was_begun
 
 SETTINGS: dict[str, type[Settings]] = {
     "sft": SFTSettings,
@@ -55,7 +54,7 @@ def run_facts(run: Path) -> dict[str, Any]:
         AlignError: where it is no run, or a stage is damaged or was made by a newer align.
     """
     made = {artifact.name: artifact for artifact in open_run(run)}
-    listing = json.loads((run / "run.json").read_text())
+    listing = read_listing(run)
     stages = [_stage(run, name, made.get(name)) for name in listing["stages"]]
     first = next(iter(made.values()), None)
     return {
@@ -81,15 +80,14 @@ def run_facts(run: Path) -> dict[str, Any]:
 
 def _stage(run: Path, name: str, artifact: Artifact | None) -> dict[str, Any]:
     if artifact is None:
-        begun = (run / PARTIAL).is_dir() and any((run / PARTIAL).glob(f"{name}-*"))
-        return {"name": name, "state": "stopped" if begun else "not made", "parents": [], "key": [], "settings": {}}
+        return {"name": name, "state": "stopped" if was_begun(run, name) else "not made", "parents": [], "key": [], "settings": {}}
     facts = artifact.facts
     return {
         "name": name,
         "state": "done",
         "stage": facts["stage"],
         "makes": facts["kind"],
-        "parents": list(dict.fromkeys(parent["name"] if parent else "base" for parent in facts["parents"].values())),
+        "parents": parent_names(facts["parents"]),
         "seconds": facts["seconds"],
         "peak_gb": facts["peak_memory_gb"],
         "key": [_key(facts["metrics"], *each) for each in KEY.get(facts["stage"], ()) if _is_number(facts["metrics"].get(each[0]))],
@@ -211,6 +209,7 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
     metrics = artifact.facts["metrics"]
     policies: list[dict[str, Any]] = [dict(policy) for policy in metrics["policies"]]
     for policy in policies[1:]:
+        policy["direction"] = direction(policy["difference_interval"])
         policy["verdict"] = _words(policy, policies[0]["name"])
         policy["unseen"] = {name: _words(compared, policies[0]["name"]) for name, compared in policy.get("held_out", {}).items()}
     reward = artifact.facts["parents"].get("reward_model") or {"name": "?"}
@@ -222,8 +221,3 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
 def _words(compared: Mapping[str, Any], first: str) -> str:
     prompts = compared["compared"] if "compared" in compared else compared["scored"]  # the latter of artifacts made before the former was
     return in_words(compared["difference"], compared["difference_interval"], prompts, first)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder has finished stages."""
-    return any(folder.glob(f"*/{FACTS}"))

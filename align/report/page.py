@@ -11,7 +11,7 @@ from typing import Any
 
 from align.errors import AlignError
 from align.progress import printable
-from align.report.chart import chain, intervals, lines
+from align.report.chart import chain, duration, intervals, lines
 from align.report.facts import run_facts
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -39,9 +39,9 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_finalized, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": _signed, "percent": _percent, "time": _time, "number": _number}
-    shown = [{**facts, **_drawn(facts)} for facts in runs]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(runs=shown, apart=_apart(runs))
+    environment.filters |= {"signed": _signed, "percent": _percent, "time": duration, "number": _number}
+    drawn = [{**facts, **_drawn(facts)} for facts in runs]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(runs=drawn, apart=_apart(runs), shown=SHOWN)
 
 
 def _drawn(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,10 +172,6 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def _finalized(value: Any) -> Any:
