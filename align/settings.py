@@ -259,7 +259,6 @@ class PPOSettings(Optimiser):
     def contradictions(self, rewards: Sequence[str]) -> list[str]:
         """Settings that cannot go together, each with the cure. `rewards` are the names of the score's parts."""
         of_groups = self.estimator in ("rloo", "grpo", "dr_grpo")
-        served = self.sampler != "local"
         watched = [name for name in ("patience", "max_kl", "choose_by") if getattr(self, name) is not None]
         checks = (
             (of_groups and self.completions_per_prompt == 1, "compares completions of one prompt; set completions_per_prompt to 2 or more"),
@@ -268,7 +267,7 @@ class PPOSettings(Optimiser):
             (not self.has_value and self.on_cut == "bootstrap", "has no value to take a score's place; set on_cut=score"),
         )
         found = [f"estimator={self.estimator} {problem}" for there, problem in checks if there]
-        if served and not self.sampler.startswith(("http://", "https://")):
+        if self.sampler != "local" and not self.sampler.startswith(("http://", "https://")):
             found.append(f"sampler={self.sampler!r} is no address; expected local, or a server's, such as http://localhost:8000/v1")
         if self.value_warmup >= self.iterations:
             found.append(f"value_warmup={self.value_warmup} leaves no round for the policy; raise iterations ({self.iterations})")

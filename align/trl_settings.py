@@ -29,15 +29,7 @@ ROWS: dict[str, Kind] = {  # trainer -> what it learns from
 BY_REWARD = ("RLOO", "GRPO")  # trainers that sample and are told how good it was
 OURS = {"output_dir", "seed", "data_seed", "report_to", "run_name", "project", "logging_dir", "disable_tqdm", "use_cpu", "deepspeed"}
 OURS |= {"model_init_kwargs", "trust_remote_code", "resume_from_checkpoint", "ignore_data_skip", "do_train", "do_eval", "do_predict"}
-OURS |= {
-    "remove_unused_columns",
-    "label_names",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "load_best_model_at_end",
-    "chat_template_path",
-}
+OURS |= {"remove_unused_columns", "label_names", "load_best_model_at_end", "chat_template_path"}
 OURS_BEGIN = ("push_to_hub", "hub_", "save_", "fsdp", "eval_", "fp16", "trackio", "log_completions", "tpu_", "ddp_", "local_rank")
 OTHER_DEFAULTS = {"gradient_checkpointing": False, "bf16": False, "logging_steps": 1}  # than TRL's, for reasons in align.stages.trl
 UNREAD = "as TRL has it"  # a default that is no plain value in its source
@@ -59,7 +51,7 @@ class TRLSettings(Settings):
         return {**self.model_dump(mode="json", exclude_defaults=True), "seed": self.seed, "trl": version("trl")}
 
     def given(self) -> dict[str, Any]:
-        """TRL's own settings where they are not TRL's defaults, as its config takes them."""
+        """TRL's own settings, as its config takes them, but for those whose default could not be read and was not changed."""
         own = {name: getattr(self, name) for name in type(self).model_fields if name not in TRLSettings.model_fields}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items() if value != UNREAD}
 

@@ -19,14 +19,19 @@ from pathlib import Path
 PROMPTS, LONGEST, NEW = 16, 200, 48
 
 
+def source() -> str:
+    """The file of prompts: people's where they are here."""
+    people = "../shared/data/preference/hh_harmless_test_a.jsonl.gz"
+    return people if Path(people).is_file() else "datasets/prompts.jsonl"
+
+
 def prompts() -> list[tuple[int, ...]]:
-    """Token ids of the first prompts that are short enough: people's where they are here, else datasets/prompts.jsonl."""
-    chat, source, kind = _chat(), Path("../shared/data/preference/hh_harmless_test_a.jsonl.gz"), "prompt"
+    """Token ids of the first prompts that are short enough."""
     from align.data.mix import load_data
     from align.data.sources import Source
 
-    path = source if source.is_file() else Path("datasets/prompts.jsonl")
-    ids = (chat.prompt_ids(record["prompt"]) for record in load_data((Source(str(path)),), kind, "benchmark").records())
+    chat = _chat()
+    ids = (chat.prompt_ids(record["prompt"]) for record in load_data((Source(source()),), "prompt", "benchmark").records())
     return [one for one, _ in zip((one for one in ids if len(one) <= LONGEST), range(PROMPTS * 4), strict=False)]
 
 
@@ -42,13 +47,11 @@ def ours(rounds: int) -> dict:
     from align import Recipe
     from align.artifact import Artifact
 
-    source = "../shared/data/preference/hh_harmless_test_a.jsonl.gz"
-    path = source if Path(source).is_file() else "datasets/prompts.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe("benchmark", base="embedded")
         reward = recipe.reward(preferences="datasets/preferences.jsonl", epochs=0.05, batch_size=8)
         recipe.ppo(
-            prompts=path,
+            prompts=source(),
             reward_model=reward,
             iterations=rounds,
             prompts_per_iteration=PROMPTS,

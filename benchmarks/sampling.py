@@ -28,6 +28,7 @@ from align.model.trunk import Role, Trunk
 from align.settings import Lora
 
 TEMPERATURE = 0.7
+OWN_LAW = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}  # what transformers needs to be told
 Sampled = list[list[Completion]]
 
 
@@ -54,14 +55,11 @@ def generate(model, chat: Chat, prompts: list[tuple[int, ...]], count: int, long
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=longest,
-            num_return_sequences=count,
             eos_token_id=sorted(chat.stop_ids),
             pad_token_id=end,
+            max_new_tokens=longest,
+            num_return_sequences=count,
+            **OWN_LAW,
         )
     found = [_until_end(row.tolist(), chat) for row in output[:, width:]]
     return [found[i : i + count] for i in range(0, len(found), count)]
@@ -78,16 +76,7 @@ def generate_batch(model, chat: Chat, prompts: list[tuple[int, ...]], count: int
     from transformers.generation import ContinuousBatchingConfig
 
     end = chat.end_of_turn
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=longest,
-        num_return_sequences=count,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+    config = GenerationConfig(eos_token_id=end, pad_token_id=end, max_new_tokens=longest, num_return_sequences=count, **OWN_LAW)
     batching = ContinuousBatchingConfig(max_memory_percent=0.1, seed=0)
     outputs = model.generate_batch([list(p) for p in prompts], generation_config=config, continuous_batching_config=batching)
     found = [_until_end(list(output.generated_tokens), chat) for output in outputs.values()]

@@ -1,7 +1,7 @@
 """RLHF: instruction tuning, a reward model on people's preferences, PPO against it, and a judge the policy never trained on.
 
-The second reward model, from another seed, is what the comparison scores with: it tells a better policy from one that has
-only learned its own reward model's mistakes.
+The second reward model, from another seed, scores the comparison too: it tells a better policy from one that has only learned
+its own reward model's mistakes. So does the best of four of SFT's answers, the plainest way to earn reward.
 
 Your own data: --set sft.data=FILE, --set reward.preferences=FILE, --set ppo.prompts=FILE. Another base: --set recipe.base=...
 """

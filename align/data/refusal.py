@@ -24,8 +24,12 @@ FIELDS: tuple[str, ...] = (
     "rejected",
 )
 FIELDS += ("response_a", "response_b", "label", "score", "chosen_probability", "margin", "source")
-_NEEDS = {"conversation": "instructions with answers, or conversations", "preference": "preferences", "prompt": "prompts"}
-_NEEDS["feedback"] = "replies that are each labelled good or bad, or preferences"
+_NEEDS = {
+    "conversation": "instructions with answers, or conversations",
+    "preference": "preferences",
+    "prompt": "prompts",
+    "feedback": "replies that are each labelled good or bad, or preferences",
+}
 _USE = {"conversation": "data=", "preference": "preferences=", "prompt": "prompts=", "feedback": "data= of recipe.trl"}
 _ABOUT_THE_ROW = {
     "id",
