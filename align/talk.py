@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from rich.columns import Columns
 from rich.markup import escape
 from rich.panel import Panel
@@ -40,7 +39,7 @@ class Speaker:
             self.switched.__enter__()
         self.model = sampler.copy if sampler.copy is not None else trunk.model
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.generator = torch.Generator(device=trunk.device).manual_seed(seed)
+        self.seed = seed * 1_000_003  # of the next answer
         self.messages = [Message(role="system", content=system)] if system else []
 
     def answer(self, text: str) -> Iterator[str]:
@@ -49,12 +48,13 @@ class Speaker:
         ids: list[int] = []
         said = ""
         prompt = self.chat.prompt_ids(messages)
-        for step in decode(self.model, [prompt], 1, self.max_new_tokens, self.temperature, self.chat.stop_ids, self.generator):
+        for step in decode(self.model, [prompt], 1, self.max_new_tokens, self.temperature, self.chat.stop_ids, self.seed):
             ids += step.tokens
             so_far = self.chat.tokenizer.decode([i for i in ids if i not in self.chat.stop_ids], skip_special_tokens=True)
             if not so_far.endswith(MARK) and len(so_far) > len(said):
                 yield so_far[len(said) :]
                 said = so_far
+        self.seed += 1
         self.messages = [*messages, Message(role="assistant", content=said.strip() or "...")]
 
 

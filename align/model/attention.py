@@ -1,13 +1,14 @@
 """Attention over a packed row, block by block, so that nothing is paid for what examples may not see.
 
-Registered with transformers' attention interface. With `row_blocks` it takes one packed row; without, it is plain
-scaled dot-product attention, which the decoding steps use.
+Registered with transformers' attention interface. With `row_blocks` it takes one packed row, with `slots` the tokens of a decoding
+step, which lie in one row too; without, it is plain scaled dot-product attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ SMALL = 4096  # scores that cost less than the products they would take by thems
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -32,6 +33,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     row_blocks: Callable[[int | None], Blocks] | None = None,
+    slots: Keeper | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attend within each example: the prompt to itself, each completion to its prompt and itself, causally.
@@ -46,48 +48,38 @@ def packed_attention(
         dropout: of the attention weights. Zero here: the base stays in eval mode.
         sliding_window: tokens a query sees back, itself included; None sees all.
         row_blocks: gives the row's blocks for a sliding window; see `cut`.
+        slots: keeps the row's keys and values, in decoding, and attends to those it has.
         **kwargs: what transformers passes along.
 
     Returns:
         Shape (1, length, heads, size), and None for the weights.
     """
-    if row_blocks is None and query.shape[2] == 1 and not kwargs.get("softcap") and kwargs.get("s_aux") is None:
-        return _next_token_attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    if row_blocks is None:
+    if row_blocks is None and slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise TypeError("softcapped scores and attention sinks cannot be computed block by block")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if slots is not None:
+        return slots.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+    assert row_blocks is not None
+    return row_attention(query, key, value, scaling, row_blocks(sliding_window)), None
+
+
+class Keeper(Protocol):
+    """What keeps keys and values of sequences that are being decoded."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Keep a row's keys and values in a layer, and attend. Shapes as in `packed_attention`."""
+
+
+def row_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: Blocks) -> Tensor:
+    """Attention of a row that is cut into blocks. Shapes as in `packed_attention`."""
     device = query.device.type
     if torch.is_autocast_enabled(device):  # one precision for the products of both passes: the backward one knows no autocast
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     with torch.autocast(device, enabled=False):
         by_place = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        output = _RowAttention.apply(*by_place, scaling, row_blocks(sliding_window))
-    return output[None], None
-
-
-def _next_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one new token of each sequence to all before it. On a processor a third of the time of the fused kernel.
-
-    Args:
-        query: shape (batch, heads, 1, size).
-        key: shape (batch, key heads, length, size).
-        value: like key.
-        mask: True, or 0, where a key is seen, False, or -inf, where not. Shape (batch, 1, 1, length); None where all are.
-        scaling: factor of the products of queries and keys.
-
-    Returns:
-        Shape (batch, 1, heads, size).
-    """
-    batch, key_heads, length, size = key.shape
-    q = query.reshape(batch * key_heads, -1, size)
-    k, v = (tensor.reshape(batch * key_heads, length, size) for tensor in (key, value))
-    scores = torch.baddbmm(query.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scaling)
-    if mask is not None:
-        by_sequence = scores.view(batch, key_heads, -1, length)
-        by_sequence.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else by_sequence.add_(mask)
-    return torch.bmm(torch.softmax(scores, dim=-1), v).view(batch, 1, -1, size)
+        return _RowAttention.apply(*by_place, scaling, blocks)[None]
 
 
 @dataclass(frozen=True)

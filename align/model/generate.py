@@ -1,17 +1,22 @@
-"""Sampling: each prompt is computed once for all its completions, and finished completions leave the batch."""
+"""Sampling: each prompt is computed once for all its completions, and a finished completion's place goes to the next prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.errors import AlignError
+from align.model import attention
+from align.model.slots import PaddedSlots, Slots
 
-SEQUENCES = 48  # decoded side by side
+SEQUENCES = 128  # decoded side by side: on a processor few more take a step as long, for it reads all weights anyway
+REFILL = 16  # free places that are worth a pass over further prompts
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before one is drawn
 
 
 class Completion(NamedTuple):
@@ -23,7 +28,7 @@ class Completion(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One decoding step: the new token and its log-probability of every sequence that is still going."""
+    """One decoding step: the new token and its log-probability of every sequence that is going, and how many prompts are done."""
 
     sequences: list[int]
     tokens: list[int]
@@ -50,27 +55,28 @@ def sample(
         temperature: divides the logits; 0 takes the likeliest token.
         stop_ids: a completion ends with the first of these, which is kept in it.
         seed: the same seed and prompts give the same completions.
-        on_progress: called with the number of prompts done.
+        on_progress: called with the number of prompts done, whenever it has grown.
 
     Returns:
         For each prompt its completions.
     """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths together: little padding
-    at_once = max(1, SEQUENCES // completions_per_prompt)
-    results: list[list[Completion]] = [[] for _ in prompts]
-    for start in range(0, len(order), at_once):
-        members = order[start : start + at_once]
-        sequences: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(members) * completions_per_prompt)]
-        batch = [prompts[i] for i in members]
-        for step in decode(model, batch, completions_per_prompt, max_new_tokens, temperature, stop_ids, generator):
-            for sequence, token, logprob in zip(*step, strict=True):
-                sequences[sequence][0].append(token)
-                sequences[sequence][1].append(logprob)
-        for number, (ids, logprobs) in enumerate(sequences):
-            results[members[number // completions_per_prompt]].append(Completion(tuple(ids), tuple(logprobs), ids[-1] in stop_ids))
-        on_progress(start + len(members))
-    return results
+    count = completions_per_prompt
+    ids: list[list[int]] = [[] for _ in range(len(prompts) * count)]
+    logprobs: list[list[float]] = [[] for _ in ids]
+    unfinished = [count] * len(prompts)
+    done = 0
+    for step in decode(model, prompts, count, max_new_tokens, temperature, stop_ids, seed):
+        before = done
+        for sequence, token, logprob in zip(*step, strict=True):
+            ids[sequence].append(token)
+            logprobs[sequence].append(logprob)
+            if token in stop_ids or len(ids[sequence]) == max_new_tokens:
+                unfinished[sequence // count] -= 1
+                done += unfinished[sequence // count] == 0
+        if done > before:
+            on_progress(done)
+    found = [Completion(tuple(i), tuple(p), i[-1] in stop_ids) for i, p in zip(ids, logprobs, strict=True)]
+    return [found[start : start + count] for start in range(0, len(found), count)]
 
 
 @torch.no_grad()
@@ -81,63 +87,81 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     stop_ids: frozenset[int],
-    generator: torch.Generator,
+    seed: int,
 ) -> Iterator[Step]:
-    """Decode one batch token by token. Sequence s belongs to prompt s // completions_per_prompt."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    decoder = model.get_decoder()
-    output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(completions_per_prompt)
-    logits = _last_logits(model, output.last_hidden_state).repeat_interleave(completions_per_prompt, 0)
-    mask = mask.repeat_interleave(completions_per_prompt, 0)
-    position = positions[:, -1].repeat_interleave(completions_per_prompt, 0)
-    going = torch.arange(len(logits), device=model.device)
-    stops = torch.tensor(sorted(stop_ids), device=model.device)
-    for count in range(1, max_new_tokens + 1):
-        tokens, logprobs = _draw(logits, temperature, generator)
-        yield Step(going.tolist(), tokens.tolist(), logprobs.tolist())
-        unfinished = ~torch.isin(tokens, stops)
-        if count == max_new_tokens or not unfinished.any():
-            return
-        if not unfinished.all():
-            keep = unfinished.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            going, mask, position, tokens = going[keep], mask[keep], position[keep], tokens[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        output = decoder(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
-        )
-        logits = _last_logits(model, output.last_hidden_state)
+    """Decode token by token. Sequence s belongs to prompt s // completions_per_prompt.
 
-
-def _last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of what follows each sequence. Shape (sequences, length, hidden) to (sequences, vocab).
-
-    Not the model's own `logits_to_keep`: it multiplies a strided slice, for which torch copies the output layer once a sequence.
+    A sequence's random numbers are its own, by seed and number, so what is decoded beside it changes it by rounding alone.
     """
-    logits = model.get_output_embeddings()(hidden[:, -1].contiguous())
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    count = completions_per_prompt
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest first; alike lengths side by side
+    places = max(SEQUENCES, count)
+    packs = model.config._attn_implementation == attention.NAME
+    slots = Slots(model, places) if packs else PaddedSlots(model)
+    stops = torch.tensor(sorted(stop_ids), device=model.device)
+    going: list[int] = []  # the sequence in each slot
+    drawn: list[int] = []  # its tokens so far
+    uniform = torch.empty(0, max_new_tokens, dtype=torch.float64)  # its random numbers
+    logits: Tensor | None = None
+    while waiting or going:
+        free = places - len(going)
+        if waiting and free >= count and (not going or (free >= REFILL and slots.refills)):
+            new = [waiting.pop() for _ in range(min(len(waiting), free // count))]
+            admitted = slots.admit([prompts[i] for i in new], count)
+            logits = admitted if logits is None else torch.cat([logits, admitted])
+            members = [prompt * count + number for prompt in new for number in range(count)]
+            going, drawn = going + members, drawn + [0] * len(members)
+            numbers = [numpy.random.default_rng([seed, sequence]).random(max_new_tokens) for sequence in members]
+            uniform = torch.cat([uniform, torch.from_numpy(numpy.stack(numbers))])
+        assert logits is not None
+        at = torch.tensor(drawn)[:, None]
+        tokens, logprobs = _draw(logits, temperature, uniform.gather(1, at).to(model.device))
+        yield Step(going, tokens.tolist(), logprobs.tolist())
+        drawn = [number + 1 for number in drawn]
+        finished = torch.isin(tokens, stops).cpu() | (at[:, 0] + 1 == max_new_tokens)
+        if finished.any():
+            kept = slots.keep((~finished).nonzero()[:, 0])
+            going, drawn = [going[i] for i in kept], [drawn[i] for i in kept]
+            uniform, tokens = uniform[kept], tokens[kept]
+        logits = slots.step(tokens) if going else None
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token for each row of logits, with its log-probability at that temperature."""
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    if not torch.isfinite(logprobs).all(dim=-1).all():
+def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits by a number in [0, 1), with its log-probability at that temperature.
+
+    It is the first token whose cumulated probability passes the number: its block of tokens is found first, then the token in it.
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    top = scaled.amax(-1, keepdim=True)
+    weights = (scaled - top).exp_()
+    if short := -weights.shape[1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, short))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    until = blocks.sum(-1).double().cumsum(-1)
+    total = until[:, -1:]
+    if not torch.isfinite(total).all():
         raise AlignError(
             "sampling stopped: the policy's logits are not finite numbers; its training has diverged. "
             "Lower the learning_rate of the stage that trained it (--set), and run again."
         )
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = scaled.argmax(-1, keepdim=True)
     else:
-        # the first token whose cumulated probability passes a uniform number: multinomial draws one number per token instead
-        cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator, device=logits.device)
-        tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        block, share = _passed(until, uniform)
+        inside, _ = _passed(blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1), share)
+        tokens = block * BLOCK + inside
+    logprobs = scaled.gather(1, tokens) - top - total.log().float()
+    return tokens[:, 0], logprobs[:, 0]
+
+
+def _passed(until: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of some cumulated weights first passes a share of their total, and the share of its own weight where it does.
+
+    Args:
+        until: shape (sequence, n), float64.
+        share: in [0, 1). Shape (sequence, 1).
+    """
+    goal = share * until[:, -1:]
+    found = torch.searchsorted(until, goal, right=True).clamp_(max=until.shape[1] - 1)
+    before = torch.where(found > 0, until.gather(1, (found - 1).clamp(min=0)), 0.0)
+    return found, (goal - before) / (until.gather(1, found) - before)

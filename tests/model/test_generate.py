@@ -5,8 +5,10 @@ import torch
 from conftest import make_model
 from transformers import GenerationConfig
 
-from align.model.generate import sample
+from align.model.attention import NAME
+from align.model.generate import REFILL, SEQUENCES, sample
 from align.model.load import Sampler
+from align.model.slots import Slots
 from align.model.trunk import Role, Trunk
 from align.settings import Lora
 
@@ -27,6 +29,7 @@ PROMPTS = [
     (3,),
     (0, 0, 50, 1, 30, 31, 32, 33, 34, 35),
 ]
+WAYS = [pytest.param(NAME, id="packed"), pytest.param("sdpa", id="padded")]
 STOPS = frozenset(range(1, 25))  # one token in eleven, so that some completions end early and some not at all
 
 
@@ -38,10 +41,12 @@ def recomputed(model, prompt, completion, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
-def test_log_probabilities_are_those_of_a_teacher_forced_recompute(kind, changes, temperature):
+def test_log_probabilities_are_those_of_a_teacher_forced_recompute(kind, changes, way, temperature):
     """Ragged prompts, several completions each, finished ones leaving the batch."""
     model = make_model(kind, **changes)
+    model.set_attn_implementation(way)
     sampled = sample(model, PROMPTS, 3, 16, temperature, STOPS, seed=0)
     plain = make_model(kind, **changes)
     plain.set_attn_implementation("eager")
@@ -64,11 +69,14 @@ def test_a_completion_ends_with_the_first_stop_token_and_keeps_it():
         assert len(completion.ids) == 12 or completion.ended
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
-def test_temperature_0_is_transformers_greedy_search(kind, changes):
+def test_temperature_0_is_transformers_greedy_search(kind, changes, way):
     model = make_model(kind, **changes)
+    model.set_attn_implementation(way)
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(STOPS), pad_token_id=0)
     sampled = sample(model, PROMPTS, 2, 12, 0.0, STOPS, seed=0)
+    model.set_attn_implementation("sdpa")
     for prompt, (first, second) in zip(PROMPTS, sampled, strict=True):
         greedy = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), generation_config=config
@@ -111,14 +119,46 @@ def test_one_token_completions_follow_the_softmax(temperature):
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_more_prompts_than_are_decoded_at_once_come_back_in_their_order():
-    """60 prompts in two batches, longest first: greedily, each gets the completion it gets alone."""
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_more_prompts_than_are_decoded_at_once_come_back_in_their_order(way, temperature):
+    """A sequence's random numbers are its own: what is decoded beside it, and in which place, does not change it."""
     prompts = [(5 + i, *range(30, 30 + i % 7)) for i in range(60)]
     model, done = make_model(), []
-    sampled = sample(model, prompts, 1, 5, 0.0, STOPS, seed=0, on_progress=done.append)
-    for prompt, [completion] in zip(prompts, sampled, strict=True):
-        assert sample(model, [prompt], 1, 5, 0.0, STOPS, seed=0)[0][0].ids == completion.ids
-    assert done == [48, 60]
+    model.set_attn_implementation(way)
+    sampled = sample(model, prompts, 2, 9, temperature, STOPS, seed=0, on_progress=done.append)
+    assert done == sorted(set(done))
+    assert done[-1] == 60
+    model.set_attn_implementation("sdpa")
+    for prompt, of_prompt in zip(prompts, sampled, strict=True):
+        for completion in of_prompt:
+            expected = recomputed(model, prompt, completion.ids, temperature or 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_decoded_beside_a_sequence_does_not_change_it():
+    prompts = [(5 + i, *range(30, 30 + i % 7)) for i in range(40)]
+    completions = []
+    for way in (NAME, "sdpa"):
+        model = make_model()
+        model.set_attn_implementation(way)
+        completions.append([[c.ids for c in of_prompt] for of_prompt in sample(model, prompts, 2, 9, 1.0, STOPS, seed=0)])
+    assert completions[0] == completions[1]
+
+
+def test_a_place_that_is_free_goes_to_the_next_prompt(monkeypatch):
+    """100 prompts of two completions, 1 to 30 tokens long: until the last come in, nearly all places are taken."""
+    model, sizes = make_model(), []
+    model.set_attn_implementation(NAME)
+    step = Slots.step
+    monkeypatch.setattr(Slots, "step", lambda slots, tokens: sizes.append(len(tokens)) or step(slots, tokens))
+    prompts = [(5 + i, 30) for i in range(100)]
+    found = sample(model, prompts, 2, 30, 1.0, STOPS, seed=0)
+    tokens = [len(c.ids) for of_prompt in found for c in of_prompt]
+    assert max(tokens) == 30
+    assert sum(sizes) == sum(tokens) - len(tokens)  # no step is spent on a finished one; the first token needs none
+    before_the_last_came_in = sizes[:-30]
+    assert sum(before_the_last_came_in) / len(before_the_last_came_in) > SEQUENCES - REFILL
 
 
 def test_a_trunk_samples_from_the_role_it_is_switched_to():
