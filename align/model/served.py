@@ -69,8 +69,10 @@ class ServedSampler:
                 "n": completions_per_prompt,
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
-                "top_p": 1.0,
+                "top_p": 1.0,  # these four are said, because a server takes what is not from the model's own generation_config.json
                 "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
                 "seed": seed,
                 "stop_token_ids": sorted(stop_ids),
                 "logprobs": 0,

@@ -24,6 +24,7 @@ from align.settings import (
     SFTSettings,
 )
 from align.show import open_run, parent_names, read_listing, was_begun
+from align.trl_settings import settings_of
 
 SETTINGS: dict[str, type[Settings]] = {
     "sft": SFTSettings,
@@ -104,9 +105,17 @@ def _key(metrics: Mapping[str, Any], metric: str, name: str) -> dict[str, Any]:
 
 def _changed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not their defaults."""
-    kind = SETTINGS.get(facts["stage"])
+    kind = _trl_settings(facts["settings"]) if facts["stage"] == "trl" else SETTINGS.get(facts["stage"])
     defaults = kind.model_construct().model_dump(mode="json") if kind else {}
     return {name: value for name, value in facts["settings"].items() if kind is None or defaults.get(name) != value}
+
+
+def _trl_settings(settings: Mapping[str, Any]) -> type[Settings] | None:
+    """Those of a trainer of the installed TRL; none where it has no such trainer: then every setting is shown."""
+    try:
+        return settings_of(settings["trainer"])
+    except AlignError:
+        return None
 
 
 def _is_number(value: Any) -> bool:

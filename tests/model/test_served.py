@@ -118,7 +118,8 @@ def test_the_server_samples_the_policy_as_it_is_now(server, trunk, tmp_path):
     assert [what for what, _ in handed] == ["load_lora_adapter", "load_lora_adapter", "unload_lora_adapter"]
     assert handed[0][1] == handed[2][1] != handed[1][1]
     (request,) = [body for what, body in server.asked if what == "completions"][:1]
-    assert (request["top_p"], request["top_k"], request["stop_token_ids"]) == (1.0, 0, [1])
+    assert (request["top_p"], request["top_k"], request["min_p"], request["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+    assert request["stop_token_ids"] == [1]
 
 
 @pytest.mark.parametrize(

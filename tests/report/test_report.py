@@ -17,6 +17,7 @@ from align.errors import AlignError
 from align.report.chart import chain, intervals, lines, ticks
 from align.report.facts import run_facts
 from align.report.page import page, write_report
+from align.trl_settings import settings_of
 
 HOSTILE = '<script>window.hit=1</script> & \x1b[31mred\u202e "quoted" </p>'
 
@@ -61,6 +62,16 @@ def test_only_settings_that_are_not_the_defaults_are_told(small_run):
     stages = {stage["name"]: stage["settings"] for stage in run_facts(small_run)["stages"]}
     assert stages["sft"]["batch_size"] == 4
     assert "learning_rate" not in stages["sft"]
+
+
+@pytest.mark.parametrize(("trainer", "more"), [("KTO", 0), ("of another TRL", 20)])
+def test_of_the_settings_of_a_trl_trainer_too(run, trainer, more):
+    """Where the installed TRL has no such trainer its defaults are not known, so all are told."""
+    settings = settings_of("KTO")(trainer="KTO", learning_rate=0.5).model_dump(mode="json") | {"trainer": trainer}
+    edit(run / "sft" / "artifact.json", lambda facts: facts.update(stage="trl", settings=settings))
+    told = next(stage["settings"] for stage in run_facts(run)["stages"] if stage["name"] == "sft")
+    assert {name: told[name] for name in ("trainer", "learning_rate")} == {"trainer": trainer, "learning_rate": 0.5}
+    assert len(told) == 2 if not more else len(told) > more
 
 
 def test_the_page_needs_nothing_else(small_run):
