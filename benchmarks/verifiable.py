@@ -1,6 +1,6 @@
 """Learning that needs no judge: answers of one sentence that ends in a full stop and has fewer than 20 words, on SmolLM2.
 
-    python benchmarks/verifiable.py                          PPO and RLOO, three seeds each; about 40 minutes on two cores
+    python benchmarks/verifiable.py                          PPO and RLOO, three seeds each; about half an hour on two cores
     python benchmarks/verifiable.py --estimators gae --seeds 0 --out runs/verifiable
 
 The reward is 1 for such an answer and 0 for any other. Success is its share on the held-out prompts, one sampled answer each,
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="another setting of PPO; repeatable")
     options = parser.parse_args()
     settings = {
-        "iterations": 16,
+        "iterations": 12,
         "prompts_per_iteration": 12,
         "completions_per_prompt": 4,
         "max_new_tokens": 48,

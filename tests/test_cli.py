@@ -222,7 +222,12 @@ def test_a_script_is_run_as_python_would_run_it(script, tmp_path):
 def not_finite(script, tmp_path_factory):
     """What sft says when its numbers overflow, and the folder of the run."""
     folder = tmp_path_factory.mktemp("not_finite")
-    settings = ("learning_rate=1", "lora.alpha=1e18", "decay=constant", "warmup=0")  # two steps are finite, the third is not
+    settings = (
+        "learning_rate=1",
+        "lora.alpha=1e19",
+        "decay=constant",
+        "warmup=0",
+    )  # from the second step, queries times keys are no finite numbers
     overrides = [argument for setting in settings for argument in ("--set", f"sft.{setting}")]
     return refused("run", script, "--out", "run", "--only", "sft", *overrides, folder=folder), folder / "run"
 
@@ -252,7 +257,7 @@ def test_training_that_was_stopped_names_the_setting_to_lower(not_finite):
     ("setting", "stopped", "cure"),
     [
         (
-            "lora.alpha=1e18",
+            "lora.alpha=1e19",
             "sampling stopped: the policy's logits are not finite",
             "Lower the learning_rate of the stage that trained it (--set)",
         ),

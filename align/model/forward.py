@@ -136,22 +136,31 @@ class _FrozenHead(torch.autograd.Function):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy = torch.full_like(logprobs, float("nan"))
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = (min(CHUNK, len(targets)), len(weight))
+        products = hidden.new_empty(size)  # filled anew by every chunk, as the next two: fresh memory costs more than what is done in it
+        every = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        spare = torch.empty_like(every) if jacobian is None else every
         for start in range(0, len(targets), CHUNK):
             part, at = slice(start, start + CHUNK), targets[start : start + CHUNK, None]
-            logits = (hidden[part] @ weight.T).float()
+            logits = every[: len(at)].copy_(torch.mm(hidden[part], weight.T, out=products[: len(at)]))
             if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-                slope = 1 - (logits / softcap) ** 2
-            logits = logits.div_(temperature) if temperature != 1 else logits
-            every = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))  # torch.log_softmax is off by 1e-5: a faster exp
-            logprobs[part] = every.gather(1, at)[:, 0]
+                slope = 1 - logits.div_(softcap).tanh_() ** 2
+                logits.mul_(softcap)
+            if temperature != 1:
+                logits.div_(temperature)
+            # log softmax, not torch's own: that is off by 1e-5, by a faster exp
+            logits.sub_(logits.amax(-1, keepdim=True))
+            of_targets = logits.gather(1, at)[:, 0]
+            weights = torch.exp(logits, out=spare[: len(at)])
+            total = weights.sum(-1)
+            logprobs[part] = of_targets - total.log()
             if jacobian is None:
-                entropy[part] = -torch.linalg.vecdot(every, every.exp())
+                entropy[part] = total.log() - torch.linalg.vecdot(weights, logits) / total
                 continue
-            difference = every.exp_()  # softmax - onehot
+            difference = weights.div_(total[:, None])  # softmax - onehot
             difference.scatter_add_(1, at, -torch.ones_like(at, dtype=difference.dtype))
             difference = difference.mul_(slope) if softcap else difference
-            jacobian[part] = difference.to(weight.dtype) @ weight / -temperature
+            jacobian[part] = torch.mm(products[: len(at)].copy_(difference), weight).div_(-temperature)
         ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
