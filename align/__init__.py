@@ -8,12 +8,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from align.data.sources import Source
 from align.errors import AlignError
-from align.recipe import Completions, Conversations, Evaluation, Policy, Preferences, Recipe, RewardModel
+from align.recipe import Comparison, Completions, Conversations, Evaluation, Policy, Preferences, Recipe, RewardModel
 from align.rewards import judged
 from align.settings import Lora
 
 __all__ = [
     "AlignError",
+    "Comparison",
     "Completions",
     "Conversations",
     "Evaluation",

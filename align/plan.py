@@ -15,7 +15,7 @@ from align.files import shipped_file
 from align.judge.open import judge_identity
 from align.recipe import BASE, Recipe, Stage
 from align.records import Kind
-from align.settings import LabelSettings, PPOSettings, Training
+from align.settings import MeasuredJudge, PPOSettings, Training
 
 MADE_FILES: dict[str, tuple[str, Kind]] = {  # kind of artifact -> (the file of rows in it, what they are)
     "preferences": ("preferences.jsonl", "preference"),
@@ -169,7 +169,7 @@ def _texts(stage: Stage) -> dict[str, Any]:
 
 def _judges(stage: Stage) -> dict[str, Any]:
     """The identities of the judges that a stage's settings name; nothing for stages that name none."""
-    if not isinstance(stage.settings, LabelSettings) or not stage.settings.judges:
+    if not isinstance(stage.settings, MeasuredJudge) or not stage.settings.judges:
         return {}
     return {"judges": [judge_identity(spec) for spec in stage.settings.judges]}
 

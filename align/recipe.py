@@ -16,9 +16,11 @@ from align.overrides import build, parse_override, replace_in
 from align.records import Kind
 from align.rewards import Reward, as_rewards
 from align.settings import (
+    CompareSettings,
     DPOSettings,
     EvaluateSettings,
     LabelSettings,
+    MeasuredJudge,
     PPOSettings,
     ReviseSettings,
     RewardSettings,
@@ -33,7 +35,11 @@ RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may no
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
-OPTIONAL_DATA: dict[str, dict[str, Kind]] = {"reward": {"demonstrations": "conversation"}, "label": {"gold": "preference"}}
+OPTIONAL_DATA: dict[str, dict[str, Kind]] = {
+    "reward": {"demonstrations": "conversation"},
+    "label": {"gold": "preference"},
+    "compare": {"gold": "preference"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class RewardModel(Judge):
 
 class Evaluation(Handle):
     """A comparison of policies."""
+
+
+class Comparison(Handle):
+    """Win rates of policies."""
 
 
 class Completions(Handle):
@@ -253,12 +263,44 @@ class Recipe:
             name: of the stage.
             **settings: see `--help`.
         """
+        return self._judged(name, "label", Preferences, LabelSettings, {"completions": (completions, Completions)}, judge, gold, settings)
+
+    def compare(
+        self,
+        *,
+        evaluation: Evaluation,
+        judge: str | Judge | Sequence[str | Judge],
+        gold: Rows | None = None,
+        name: str = "compare",
+        **settings: Any,
+    ) -> Comparison:
+        """Have a judge compare the answers of an evaluation's policies with its first policy's, in both orders: win rates.
+
+        Args:
+            evaluation: from recipe.evaluate.
+            judge: as of `label`.
+            gold: people's preferences, by which the judge is measured before it is believed.
+            name: of the stage.
+            **settings: see `--help`.
+        """
+        return self._judged(name, "compare", Comparison, CompareSettings, {"evaluation": (evaluation, Evaluation)}, judge, gold, settings)
+
+    def _judged(
+        self,
+        name: str,
+        kind: str,
+        makes: type[Handle],
+        settings_kind: type[MeasuredJudge],
+        inputs: dict[str, tuple[Any, type[Handle]]],
+        judge: str | Judge | Sequence[str | Judge],
+        gold: Rows | None,
+        settings: dict[str, Any],
+    ) -> Any:
         judges = [judge] if isinstance(judge, str | Handle) else list(judge)
-        inputs: dict[str, tuple[Any, type[Handle]]] = {"completions": (completions, Completions)}
         inputs |= {f"judges.{i}": (each, Judge) for i, each in enumerate(judges) if isinstance(each, Handle)}
         specs = [each for each in judges if not isinstance(each, Handle)]
         data: dict[str, tuple[Any, Kind]] = {} if gold is None else {"gold": (gold, "preference")}
-        return self._declare(name, "label", Preferences, LabelSettings, inputs, data, {"judges": specs, **settings})
+        return self._declare(name, kind, makes, settings_kind, inputs, data, {"judges": specs, **settings})
 
     def evaluate(
         self,
@@ -293,7 +335,7 @@ class Recipe:
         artifact = Artifact.open(Path(folder))
         kind = KINDS.get(artifact.kind)
         if kind is None:
-            raise AlignError(f"{folder}: is an {artifact.kind}; expected one of {', '.join(KINDS)}.")
+            raise AlignError(f"{folder}: is a {artifact.kind}; expected one of {', '.join(KINDS)}.")
         return kind(artifact.name, artifact)
 
     def _declare(
@@ -320,7 +362,8 @@ class Recipe:
         for role, (handle, wanted) in inputs.items():
             if not isinstance(handle, wanted):
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
-                raise AlignError(f"{name}: {role} is {found}; expected a {wanted.__name__}, {_MAKERS[wanted]}.")
+                article = "an" if wanted is Evaluation else "a"
+                raise AlignError(f"{name}: {role} is {found}; expected {article} {wanted.__name__}, {_MAKERS[wanted]}.")
             if handle.artifact is None and handle is not BASE and handle.recipe is not self:
                 raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
         columns = settings.pop("columns", None)
@@ -355,7 +398,7 @@ class Recipe:
         stage = self.stages[name]
         made = {role: becomes for becomes, kind in MADE_ROWS.items() for role, given in stage.inputs.items() if isinstance(given, kind)}
         takes = {role: becomes for role, (_, becomes) in stage.data.items()} | OPTIONAL_DATA.get(stage.kind, {}) | made
-        if stage.kind == "label" and rest == ["judge"]:
+        if isinstance(stage.settings, MeasuredJudge) and rest == ["judge"]:
             given = [value] if isinstance(value, str) else value
             inputs = {role: handle for role, handle in stage.inputs.items() if not role.startswith("judges.")}
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, ["judges"], given, name), inputs=inputs)
@@ -416,6 +459,7 @@ KINDS: dict[str, type[Handle]] = {  # of artifacts that a stage may be given
     "completions": Completions,
     "preferences": Preferences,
     "conversations": Conversations,
+    "evaluation": Evaluation,
 }
 _MAKERS = {
     Judge: "a policy or a reward model",
@@ -425,4 +469,5 @@ _MAKERS = {
     Preferences: "from recipe.label, or a file",
     Conversations: "from recipe.revise, or a file",
     Evaluation: "from recipe.evaluate",
+    Comparison: "from recipe.compare",
 }

@@ -368,22 +368,31 @@ class ReviseSettings(Settings):
     seed: int = Field(0, ge=0, description="Seed of the drawn principles and the sampling. The recipe's seed unless given.")
 
 
-class LabelSettings(JudgeSettings):
-    """Have a judge compare completions, and keep what it is sure of as preferences."""
+class MeasuredJudge(JudgeSettings):
+    """A judge that is measured before it is believed."""
 
     judges: tuple[str, ...] = Field(
         (), description="Judges beside those given as stages: a base, or an endpoint 'http://host:port/v1#model'."
     )
+    audit_pairs: int = Field(200, ge=0, description="Pairs by which the judge is measured first; 0 leaves the audit out.")
+    trust_judge: bool = Field(False, description="Go on even if the audit refuses the judge.")
+    ledger: str | None = Field(
+        None,
+        description="File of everything judges have said; judgements.sqlite in the run's folder.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
+    )
+
+
+class CompareSettings(MeasuredJudge):
+    """Have a judge compare the answers of an evaluation's policies with the first policy's: win rates."""
+
+
+class LabelSettings(MeasuredJudge):
+    """Have a judge compare completions, and keep what it is sure of as preferences."""
+
     pairs_per_prompt: int = Field(2, ge=1, description="Pairs of each prompt's completions, drawn by lot.")
     max_pairs: int | None = Field(None, ge=1, description="Judge the first this many pairs; none judges all.")
     undecided: Literal["drop", "keep"] = Field(
         "drop", description="drop leaves out pairs on which the judge flipped with the order or was unsure; keep trains on its probability."
     )
     hard_labels: bool = Field(False, description="Give every label the probability 1, for comparison.")
-    audit_pairs: int = Field(200, ge=0, description="Pairs by which the judge is measured before it labels; 0 leaves the audit out.")
-    trust_judge: bool = Field(False, description="Label even if the audit refuses the judge.")
-    ledger: str | None = Field(
-        None,
-        description="File of everything judges have said; judgements.sqlite in the run's folder.",
-        json_schema_extra=KEEP_OUT_OF_IDENTITY,
-    )

@@ -19,6 +19,7 @@ from align.progress import console, printable
 from align.recipe import Recipe
 
 SAMPLES_SHOWN = 4
+WIN_RATES = ("win_rate", "length_controlled")
 KEY_METRICS = ("heldout_loss", "heldout_accuracy", "score", "kl", "length")
 
 
@@ -147,6 +148,8 @@ def show_results(run: Path, stages: list[str], samples: int = SAMPLES_SHOWN) -> 
                 console.print(results_table(artifact))
                 if samples:
                     _show_samples(artifact.folder / "samples.jsonl", samples)
+            if artifact.kind == "comparison":
+                console.print(win_table(artifact))
     console.print(escape(f"The run is in {run}. See it: align show {run}    Talk to it: align chat {run}"))
 
 
@@ -179,6 +182,23 @@ def results_table(artifact: Artifact) -> Table:
             f"{row['length']:.0f} tokens",
             f"{row['ended']:.0%}",
         )
+    return table
+
+
+def win_table(artifact: Artifact) -> Table:
+    """How often a judge prefers each policy to the first, ties counted half, and so at equal lengths."""
+    metrics = artifact.facts["metrics"]
+    title = f"{artifact.name}: answers to {metrics['prompts']} prompts against {metrics['first']}'s, by {' and '.join(metrics['judges'])}"
+    columns = ("policy", "wins", "ties", "losses", "not judged", "win rate (95%)", "at equal lengths (95%)")
+    table = Table(*columns, title=escape(title), title_justify="left")
+    for row in metrics["policies"]:
+        shares = [
+            f"{row[name]:.0%} ({row[f'{name}_interval'][0]:.0%} to {row[f'{name}_interval'][1]:.0%})"
+            for name in WIN_RATES
+            if row.get(name) is not None
+        ]
+        counts = [str(row.get(name, 0)) for name in ("wins", "ties", "losses", "unknown")]
+        table.add_row(row["name"], *counts, *(shares or ["not known", "not known"]))
     return table
 
 

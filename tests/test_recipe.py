@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -225,8 +226,11 @@ def test_an_artifact_of_another_run_is_a_handle_of_its_kind(recipe, finished, st
     assert loaded.artifact.folder == finished / stage
 
 
-def test_only_policies_and_reward_models_can_be_loaded(recipe, finished, tmp_path):
-    assert "is an evaluation; expected one of policy, reward_model" in message_of(recipe.load, finished / "evaluate")
+def test_only_what_a_stage_can_be_given_can_be_loaded(recipe, finished, tmp_path):
+    shutil.copytree(finished / "evaluate", tmp_path / "compare")
+    facts = tmp_path / "compare" / "artifact.json"
+    facts.write_text(facts.read_text().replace('"kind": "evaluation"', '"kind": "comparison"'))
+    assert "is a comparison; expected one of policy, reward_model" in message_of(recipe.load, tmp_path / "compare")
     assert "not an artifact" in message_of(recipe.load, finished)
     assert "not an artifact" in message_of(recipe.load, tmp_path / "nothing")
 

@@ -21,7 +21,7 @@ from align.judge.ledger import Ledger
 from align.judge.planted import of_pairs
 from align.progress import say
 from align.records import Message
-from align.settings import LabelSettings
+from align.settings import MeasuredJudge
 
 if TYPE_CHECKING:
     from align.progress import Meter
@@ -36,7 +36,7 @@ def measure(
     gold: Data | None,
     unseen: np.ndarray | None,
     ledger: Ledger,
-    settings: LabelSettings,
+    settings: MeasuredJudge,
     report: Path,
 ) -> dict[str, Any]:
     """Measure a judge on people's preferences, and on pairs planted in what it is to label.
@@ -92,7 +92,7 @@ def judge_all(
     judges: Sequence[Judge],
     pairs: Sequence[Pair],
     ledger: Ledger,
-    settings: LabelSettings,
+    settings: MeasuredJudge,
     meter: Meter,
     replay: bool = False,
 ) -> list[Judgement | None]:

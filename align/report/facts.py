@@ -13,6 +13,7 @@ from align.confidence import direction, in_words
 from align.curves import SHOWN
 from align.errors import AlignError
 from align.settings import (
+    CompareSettings,
     DPOSettings,
     EvaluateSettings,
     LabelSettings,
@@ -34,6 +35,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "sample": SampleSettings,
     "revise": ReviseSettings,
     "label": LabelSettings,
+    "compare": CompareSettings,
     "evaluate": EvaluateSettings,
 }
 KEY = {  # stage -> the numbers that say how it went: (metric, what it is called)
@@ -72,6 +74,7 @@ def run_facts(run: Path) -> dict[str, Any]:
         "curves": [curves for a in made.values() if (curves := _curves(a))["panels"]],
         "ppo": [_rounds(a) for a in made.values() if a.facts["stage"] == "ppo"],
         "audits": [found for name in made if (found := _audit(run, name))],
+        "comparisons": [_comparison(a) for a in made.values() if a.kind == "comparison"],
         "evaluations": [_evaluation(a) for a in made.values() if a.kind == "evaluation"],
     }
 
@@ -211,6 +214,17 @@ def _audit(run: Path, name: str) -> dict[str, Any] | None:
         }
     except (ValueError, KeyError, TypeError):
         raise AlignError(f"{folder / 'audit.json'}: cannot be read. Remove it and label again: --from {name}") from None
+
+
+def _comparison(artifact: Artifact) -> dict[str, Any]:
+    """A judge's win rates, with what each lets one say."""
+    metrics = artifact.facts["metrics"]
+    policies = [dict(policy) for policy in metrics["policies"]]
+    for policy in policies:
+        known = policy["win_rate"] is not None
+        policy["direction"] = direction([end - 0.5 for end in policy["length_controlled_interval"]]) if known else None
+    audit = artifact.facts["checks"].get("audit")
+    return {**metrics, "name": artifact.name, "policies": policies, "judge_accepted": audit and audit["accepted"]}
 
 
 def _evaluation(artifact: Artifact) -> dict[str, Any]:
