@@ -195,16 +195,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+RESUMES = "Nothing that was finished is lost, and the stage goes on from its last checkpoint"
+
+
 @contextmanager
-def full_disk_explained(where: Path) -> Iterator[None]:
-    """Turn 'no space left' into a message. safetensors reports it as text, Python as an errno."""
+def full_disk_explained(where: Path, kept: str = RESUMES) -> Iterator[None]:
+    """Turn 'no space left' into a message that says what is `kept`. safetensors reports it as text, Python as an errno."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
-            raise AlignError(
-                f"{where}: the disk is full. Nothing that was finished is lost, and the stage goes on from its last checkpoint: "
-                "make room and run the same command again."
-            ) from None
+            raise AlignError(f"{where}: the disk is full. {kept}: make room and run the same command again.") from None
         raise

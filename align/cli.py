@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -227,7 +228,7 @@ def _recipe(recipe: Recipe, arguments: list[str]) -> None:
         return
     from align.run import execute
 
-    execute(recipe, options.out, options.only, options.start)
+    execute(recipe, options.out, options.only, options.start, shlex.join(["python", sys.argv[0] or "RECIPE", *arguments]))
     show_results(options.out, list(recipe.stages))
     _report_at_the_end(options.out)
 

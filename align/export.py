@@ -71,7 +71,7 @@ def export(folder: Path, form: Form, out: Path | None = None, dtype: str = "bflo
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        with full_disk_explained(out):
+        with full_disk_explained(out, "Nothing was exported, and the run is as it was"):
             (work / MARK).write_text(f"{artifact.identity}\n")
             change = None
             if form == "adapter":

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -65,8 +66,8 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | None = None) -> None:
-    """Run what is not done yet.
+def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | None = None, command: str | None = None) -> None:
+    """Run what is not done yet. `command` is what a user typed for it, to be kept with the run.
 
     Raises:
         AlignError: for anything a user can mend. Finished stages and checkpoints stay.
@@ -77,7 +78,7 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)
         check_data(plans)
-        (run / "run.json").write_text(json.dumps({"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages)}, indent=1) + "\n")
+        _write_listing(recipe, run, command if any(planned.state not in ("done", "skip") for planned in plans) else None)
         for number, planned in enumerate(plans, 1):
             label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"
             if planned.state == "done":
@@ -89,6 +90,20 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
             elif planned.state != "skip":
                 say(f"{label} {planned.reason}")
                 _run_stage(recipe, planned)
+
+
+def _write_listing(recipe: Recipe, run: Path, command: str | None) -> None:
+    """run.json: the recipe's name, its stages, and the commands that made something here."""
+    path = run / "run.json"
+    try:
+        commands = [str(each) for each in json.loads(path.read_text(encoding="utf-8"))["commands"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        commands = []  # the first run here, or one of an earlier version
+    if command is not None:
+        command = re.sub(r"(//)[^/@\s]+@", r"\1...@", command)  # a user and password in an address stay out
+        commands = [*(each for each in commands if each != command), command]
+    listing = {"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages), "commands": commands}
+    path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
 def check_data(plans: Sequence[Planned]) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="another setting of PPO; repeatable")
     options = parser.parse_args()
     settings = {
-        "iterations": 12,
+        "iterations": 16,
         "prompts_per_iteration": 12,
         "completions_per_prompt": 4,
         "max_new_tokens": 48,

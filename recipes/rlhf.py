@@ -10,9 +10,9 @@ from align import Recipe
 
 recipe = Recipe("rlhf", base="embedded")
 sft = recipe.sft(data="datasets/chat.jsonl")
-reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0)
-unseen_reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", epochs=2.0, seed=1, name="unseen_reward")
-ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=16, learning_rate=1e-3, kl_coef=0.03)
+reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl")
+unseen_reward_model = recipe.reward(policy=sft, preferences="datasets/preferences.jsonl", seed=1, name="unseen_reward")
+ppo = recipe.ppo(policy=sft, reward_model=reward_model, prompts="datasets/prompts.jsonl", iterations=12, learning_rate=1e-3, kl_coef=0.03)
 recipe.evaluate(
     policies=[sft, ppo],
     prompts="datasets/heldout_prompts.jsonl",

@@ -1,12 +1,15 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL
 from huggingface_hub import ModelCard
+from processes import align
+from test_artifact import allow_files_of
 
 from align import Lora, Recipe
 from align.artifact import Artifact
@@ -160,3 +163,12 @@ def test_the_real_model_exports_in_every_form(smollm2, tmp_path):
         again = back(torch.tensor([ids])).logits[0].log_softmax(-1)
     stack = logprobs_of(artifact, ids)
     assert float((stack.exp() * (stack - again)).sum(-1).mean()) < 0.02  # KL in nats a token: the weights are rounded to bfloat16
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_full_disk_leaves_nothing_behind_and_says_so(finished, tmp_path, form):
+    """An export has no checkpoint to go on from, so it promises none."""
+    ended = align("export", finished / "ppo", "--to", form, "--out", "exported", folder=tmp_path, before=partial(allow_files_of, 20_000))
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "exported: the disk is full. Nothing was exported, and the run is as it was: make room and run the same" in ended.err
+    assert not [path for path in tmp_path.iterdir() if "exported" in path.name]

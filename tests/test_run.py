@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import small_recipe
@@ -17,6 +18,7 @@ from processes import align, start
 
 from align.artifact import FACTS, Artifact
 from align.plan import make_plan
+from align.run import _write_listing
 
 STAGES = ("sft", "reward", "dpo", "ppo", "evaluate")
 KEPT = {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "probes.json", "results.json", "samples.jsonl"}
@@ -124,6 +126,23 @@ def test_policies_are_compared_with_the_first(finished):
 
 def test_nothing_half_made_is_left(finished):
     assert {path.name for path in finished.iterdir()} == {*STAGES, "run.json", ".lock", "report.html"}
+
+
+def test_the_commands_that_made_something_are_kept_without_passwords(finished, script, finished_copy, tmp_path):
+    def commands(run):
+        return json.loads((run / "run.json").read_text())["commands"]
+
+    assert commands(finished) == [f"python {script} --out small"]
+    arguments = ("run", script, "--out", finished_copy, "--set", "evaluate.max_prompts=2")
+    for _ in range(2):  # the second makes nothing
+        assert align(*arguments, folder=tmp_path).code == 0
+    assert commands(finished_copy) == [*commands(finished), f"python {script} --out {finished_copy} --set evaluate.max_prompts=2"]
+    recipe = SimpleNamespace(name="small", stages={"sft": None})
+    _write_listing(recipe, finished_copy, "python r.py --set label.judge=https://me:secret@host/v1#m")
+    assert commands(finished_copy)[-1] == "python r.py --set label.judge=https://...@host/v1#m"
+    (finished_copy / "run.json").write_text("[]")  # of no version
+    _write_listing(recipe, finished_copy, None)
+    assert commands(finished_copy) == []
 
 
 # What is done is not done again --------------------------------------------------------------------------------------------

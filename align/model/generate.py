@@ -15,6 +15,7 @@ from align.model import attention
 from align.model.slots import PaddedSlots, Slots
 
 SEQUENCES = 128  # decoded side by side: on a processor few more take a step as long, for it reads all weights anyway
+TOKENS = 2**16  # of those with their prompts: long ones are fewer at a time, so that their keys and values fit in memory
 REFILL = 16  # free places that are worth a pass over further prompts
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before one is drawn
 
@@ -95,16 +96,16 @@ def decode(
     """
     count = completions_per_prompt
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest first; alike lengths side by side
-    places = max(SEQUENCES, count)
     packs = model.config._attn_implementation == attention.NAME
-    slots = Slots(model, places) if packs else PaddedSlots(model)
+    slots = Slots(model) if packs else PaddedSlots(model)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     going: list[int] = []  # the sequence in each slot
     drawn: list[int] = []  # its tokens so far
     uniform = torch.empty(0, max_new_tokens, dtype=torch.float64)  # its random numbers
     logits: Tensor | None = None
     while waiting or going:
-        free = places - len(going)
+        longest = (len(prompts[waiting[-1]]) if waiting else 0) + max_new_tokens
+        free = max(count, min(SEQUENCES, TOKENS // longest)) - len(going)
         if waiting and free >= count and (not going or (free >= REFILL and slots.refills)):
             new = [waiting.pop() for _ in range(min(len(waiting), free // count))]
             admitted = slots.admit([prompts[i] for i in new], count)

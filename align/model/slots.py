@@ -23,16 +23,17 @@ class Slots:
 
     refills = True  # whether prompts may come in while others go on
 
-    def __init__(self, model: PreTrainedModel, slots: int):
-        """Room for `slots` sequences."""
-        self.model, self.slots, self.columns = model, slots, 0
+    def __init__(self, model: PreTrainedModel):
+        """Empty."""
+        self.model, self.slots, self.columns = model, 0, 0
         self.layers: dict[int, list[Tensor]] = {}  # keys and values, each (slots, key heads, columns, size)
         self.lengths = torch.zeros(0, dtype=torch.long, device=model.device)  # tokens of each sequence that is going
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
         """Compute prompts, each once for all its sequences, which take the next slots. Returns logits, (sequence, vocab)."""
         logits, some, tokens = [], list[Sequence[int]](), 0
-        self._fit(max(int(self.lengths.max()) if len(self.lengths) else 0, *map(len, prompts)) + 1)
+        longest = max(int(self.lengths.max()) if len(self.lengths) else 0, *map(len, prompts))
+        self._fit(len(self.lengths) + len(prompts) * copies, longest + 1)
         for prompt in prompts:
             if some and tokens + len(prompt) > PREFILL:
                 logits.append(self._admit(some, copies))
@@ -61,7 +62,7 @@ class Slots:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add a token to each sequence. Returns logits, (sequence, vocab)."""
-        self._fit(int(self.lengths.max()) + 1)
+        self._fit(len(tokens), int(self.lengths.max()) + 1)
         hidden = self._pass(tokens, self.lengths, _Step(self))
         self.lengths = self.lengths + 1
         return last_logits(self.model, hidden)
@@ -90,12 +91,12 @@ class Slots:
         self.lengths = self.lengths[order]
         return order
 
-    def _fit(self, needed: int) -> None:
+    def _fit(self, slots: int, columns: int) -> None:
         """Have columns for the longest sequence and a few more: products read all of them, and a part of them would be copied first."""
-        if needed <= self.columns <= needed + 3 * GROWTH:
+        if slots <= self.slots and columns <= self.columns <= columns + 3 * GROWTH:
             return
-        kept, self.columns = min(self.columns, needed), needed + GROWTH - 1
-        count = len(self.lengths)
+        kept, count = min(self.columns, columns), len(self.lengths)
+        self.slots, self.columns = max(slots, self.slots), columns + GROWTH - 1
         for tensors in self.layers.values():
             for i, old in enumerate(tensors):
                 tensors[i] = self._room(old)

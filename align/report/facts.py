@@ -63,6 +63,7 @@ def run_facts(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "recipe": listing.get("recipe", run.name),
+        "commands": [str(command) for command in listing.get("commands") or []],
         "base": first.facts["base"] if first else None,
         "versions": first.facts["versions"] if first else {},
         "created": max((a.facts["created"] for a in made.values()), default=None),

@@ -192,3 +192,20 @@ def test_a_trunk_whose_activations_are_checkpointed_samples_the_same():
         sampled = Sampler(trunk, merged=False).sample(Role(("sft",)), PROMPTS, 2, 8, 1.0, STOPS, seed=0)
         completions.append([[c.ids for c in of_prompt] for of_prompt in sampled])
     assert completions[1] == completions[0]
+
+
+def test_long_prompts_are_decoded_a_few_at_a_time(monkeypatch):
+    """So that their keys and values fit in memory; short ones then come in numbers."""
+    monkeypatch.setattr("align.model.generate.TOKENS", 80)
+    monkeypatch.setattr("align.model.generate.REFILL", 2)
+    model, sizes = make_model(), []
+    model.set_attn_implementation(NAME)
+    step = Slots.step
+    monkeypatch.setattr(Slots, "step", lambda slots, tokens: sizes.append(len(tokens)) or step(slots, tokens))
+    prompts = [(5, *range(30, 62))] * 4 + [(5, 30 + i) for i in range(20)]
+    sampled = sample(model, prompts, 1, 4, 1.0, frozenset(), seed=0)
+    assert sizes[0] == 80 // 37
+    assert max(sizes) == 80 // 6
+    model.set_attn_implementation("sdpa")
+    for prompt, (completion,) in zip(prompts, sampled, strict=True):
+        torch.testing.assert_close(torch.tensor(completion.logprobs), recomputed(model, prompt, completion.ids, 1.0), atol=1e-5, rtol=1e-5)

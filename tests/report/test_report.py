@@ -82,6 +82,12 @@ def test_the_page_needs_nothing_else(small_run):
     assert all(int(count) > 0 for count in re.findall(r'data-points="(\d+)"', text))
 
 
+def test_the_commands_are_on_the_page(run):
+    assert run_facts(run)["commands"] == []  # it was run from Python
+    edit(run / "run.json", lambda listing: listing.update(commands=["python recipe.py --set sft.data='<b>.jsonl'"]))
+    assert "<pre>python recipe.py --set sft.data=&#39;&lt;b&gt;.jsonl&#39;" in page([run_facts(run)])
+
+
 def test_text_of_models_and_data_is_shown_and_never_obeyed(run):
     answer = {"text": HOSTILE, "score": 1.0, "ended": True}
     samples(run, [{"prompt": [{"role": "user", "content": HOSTILE}], "answers": {n: [answer] for n in ("base", "sft", "dpo", "ppo")}}])
