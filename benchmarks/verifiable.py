@@ -50,13 +50,17 @@ def draw(results: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     colours = {"gae": "tab:blue", "rloo": "tab:orange", "grpo": "tab:green", "reinforce++": "tab:red", "dr_grpo": "tab:purple"}
+    named: set[str] = set()
     for result in results:
         minutes = [point["seconds"] / 60 for point in result["points"]]
         label = {"gae": "PPO"}.get(result["estimator"], result["estimator"].upper())
         shares = [100 * point["score/one_short_sentence"] for point in result["points"]]
-        axes.plot(minutes, shares, color=colours[result["estimator"]], marker=".", label=f"{label}, seed {result['seed']}", alpha=0.8)
+        line = axes.plot(minutes, shares, color=colours[result["estimator"]], marker=".", alpha=0.8)[0]
+        if label not in named:  # a line a seed, a name an estimator
+            named.add(label)
+            line.set_label(label)
     axes.axhline(90, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="minutes", ylabel="held-out answers of one short sentence (%)", ylim=(0, 100))
+    axes.set(xlabel="minutes", ylabel="held-out answers of one short sentence (%)", ylim=(0, 102))
     axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
 
