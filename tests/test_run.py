@@ -133,10 +133,8 @@ def test_the_commands_that_made_something_are_kept_without_passwords(finished, s
         return json.loads((run / "run.json").read_text())["commands"]
 
     assert commands(finished) == [f"python {script} --out small"]
-    arguments = ("run", script, "--out", finished_copy, "--set", "evaluate.max_prompts=2")
-    for _ in range(2):  # the second makes nothing
-        assert align(*arguments, folder=tmp_path).code == 0
-    assert commands(finished_copy) == [*commands(finished), f"python {script} --out {finished_copy} --set evaluate.max_prompts=2"]
+    assert align("run", script, "--out", finished_copy, folder=tmp_path).code == 0  # which makes nothing
+    assert commands(finished_copy) == commands(finished)
     recipe = SimpleNamespace(name="small", stages={"sft": None})
     _write_listing(recipe, finished_copy, "python r.py --set label.judge=https://me:secret@host/v1#m")
     assert commands(finished_copy)[-1] == "python r.py --set label.judge=https://...@host/v1#m"

@@ -53,13 +53,13 @@ def test_from_the_other_side_it_is_the_rest():
 def test_a_pure_length_effect_is_taken_out():
     """Longer answers win and nothing else does: about 64 percent are won, and the interval at equal lengths holds one half."""
     rng, holds, won = np.random.default_rng(2), 0, []
-    for _ in range(200):
+    for _ in range(100):
         outcomes, d = simulated(rng, 150, 0.0, 1.5, 30)
         _, (low, high) = length_controlled(outcomes, d)
         holds += low <= 0.5 <= high
         won.append(outcomes.mean())
     assert np.mean(won) > 0.6
-    assert holds / 200 > 0.91  # 95 percent but for chance: 2.6 standard deviations
+    assert holds / 100 > 0.88  # 95 percent but for chance: 3.2 standard deviations
 
 
 def test_what_length_does_not_explain_stays():
