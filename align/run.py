@@ -32,6 +32,7 @@ from align.progress import Meter, console, say, seconds_so_far
 from align.recipe import Recipe
 from align.rewards import Reward
 from align.settings import EvaluateSettings, PPOSettings, SampleSettings, Settings, Training
+from align.show import read_listing
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
@@ -94,16 +95,15 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
 
 def _write_listing(recipe: Recipe, run: Path, command: str | None) -> None:
     """run.json: the recipe's name, its stages, and the commands that made something here."""
-    path = run / "run.json"
     try:
-        commands = [str(each) for each in json.loads(path.read_text(encoding="utf-8"))["commands"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        commands = []  # the first run here, or one of an earlier version
+        commands = list(read_listing(run).get("commands") or [])
+    except AlignError:
+        commands = []  # the first run here, or a damaged file, which is written anew
     if command is not None:
         command = re.sub(r"(//)[^/@\s]+@", r"\1...@", command)  # a user and password in an address stay out
         commands = [*(each for each in commands if each != command), command]
     listing = {"format": FORMAT, "recipe": recipe.name, "stages": list(recipe.stages), "commands": commands}
-    path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    (run / "run.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
 def check_data(plans: Sequence[Planned]) -> None:

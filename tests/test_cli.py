@@ -222,12 +222,7 @@ def test_a_script_is_run_as_python_would_run_it(script, tmp_path):
 def not_finite(script, tmp_path_factory):
     """What sft says when its numbers overflow, and the folder of the run."""
     folder = tmp_path_factory.mktemp("not_finite")
-    settings = (
-        "learning_rate=1",
-        "lora.alpha=1e19",
-        "decay=constant",
-        "warmup=0",
-    )  # from the second step, queries times keys are no finite numbers
+    settings = ("learning_rate=1", "lora.alpha=1e19", "decay=constant", "warmup=0")  # two steps are finite, the third is not
     overrides = [argument for setting in settings for argument in ("--set", f"sft.{setting}")]
     return refused("run", script, "--out", "run", "--only", "sft", *overrides, folder=folder), folder / "run"
 
@@ -267,18 +262,8 @@ def test_training_that_was_stopped_names_the_setting_to_lower(not_finite):
     ids=["the logits overflow", "the gradient overflows", "the loss overflows"],
 )
 def test_ppo_that_is_not_finite_stops(script, finished_copy, tmp_path, setting, stopped, cure):
-    arguments = [
-        "--set",
-        "ppo.learning_rate=1",
-        "--set",
-        f"ppo.{setting}",
-        "--set",
-        "ppo.warmup=0",
-        "--set",
-        "ppo.epochs=1",
-        "--set",
-        "ppo.minibatches=1",
-    ]
+    settings = ("learning_rate=1", setting, "warmup=0", "epochs=1", "minibatches=1")
+    arguments = [argument for each in settings for argument in ("--set", f"ppo.{each}")]
     message = refused("run", script, "--out", finished_copy, "--only", "ppo", *arguments, folder=tmp_path)
     assert message.startswith(f"error: {stopped}")
     assert cure in message

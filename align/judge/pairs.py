@@ -26,11 +26,12 @@ def draw_pairs(rows: Iterable[dict[str, Any]], per_prompt: int, seed: int) -> li
         texts = list(dict.fromkeys(completion["text"] for completion in row["completions"]))
         lot = random.Random(f"{seed} {hashlib.sha256(json.dumps(row['prompt'], sort_keys=True).encode()).hexdigest()}")
         both = list(combinations(texts, 2))
-        pairs += [Pair(row["prompt"], _reply(a), _reply(b)) for a, b in lot.sample(both, min(per_prompt, len(both)))]
+        pairs += [Pair(row["prompt"], reply(a), reply(b)) for a, b in lot.sample(both, min(per_prompt, len(both)))]
     return pairs
 
 
-def _reply(text: str) -> list[Message]:
+def reply(text: str) -> list[Message]:
+    """A completion's text as the side of a pair."""
     return [Message(role="assistant", content=text)]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from align.model.attention import Blocks, cut
@@ -69,15 +70,25 @@ def packed_hidden_states(trunk: Trunk, ids: Tensor, positions: Tensor, blocks: C
     Returns:
         Shape (length, hidden).
     """
+    return row_hidden_states(trunk.decoder, ids, positions, row_blocks=cache(blocks))
+
+
+def row_hidden_states(decoder: Module, ids: Tensor, positions: Tensor, **attending: Any) -> Tensor:
+    """The last hidden state at every token of a row, under the packed attention, which is told by `attending` what each token sees.
+
+    Args:
+        decoder: of a model that packs.
+        ids: shape (length,).
+        positions: shape (length,).
+        **attending: `row_blocks` or `slots` of `align.model.attention.packed_attention`.
+
+    Returns:
+        Shape (length, hidden).
+    """
     # A 4-D mask is taken as given, so transformers builds none. Ours is empty: any attention but the packed one fails on it.
     taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=ids.device)
-    return trunk.decoder(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        attention_mask=taken_as_given,
-        use_cache=False,
-        row_blocks=cache(blocks),
-    ).last_hidden_state[0]
+    output = decoder(input_ids=ids[None], position_ids=positions[None], attention_mask=taken_as_given, use_cache=False, **attending)
+    return output.last_hidden_state[0]
 
 
 def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:

@@ -29,7 +29,7 @@ class Completion(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One decoding step: the new token and its log-probability of every sequence that is going, and how many prompts are done."""
+    """One decoding step: the new token and its log-probability of every sequence that is still going."""
 
     sequences: list[int]
     tokens: list[int]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.model.attention import grouped, row_attention
+from align.model.forward import row_hidden_states
 
 PREFILL = 4096  # tokens of prompts in one pass, at least one prompt
 GROWTH = 32  # columns that are added at a time
@@ -70,10 +71,7 @@ class Slots:
     def _pass(self, ids: Tensor | Sequence[int], positions: Tensor | Sequence[int], keeper: _Prefill | _Step) -> Tensor:
         """The last hidden state of tokens that lie in one row. Shape (tokens, hidden)."""
         ids, positions = (torch.as_tensor(numbers, device=self.model.device) for numbers in (ids, positions))
-        taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=ids.device)  # as in a packed forward
-        decoder = self.model.get_decoder()
-        output = decoder(input_ids=ids[None], position_ids=positions[None], attention_mask=taken_as_given, use_cache=False, slots=keeper)
-        return output.last_hidden_state[0]
+        return row_hidden_states(self.model.get_decoder(), ids, positions, slots=keeper)
 
     def keep(self, going: Tensor) -> list[int]:
         """Let the other sequences' slots go. Sequences from the end move into them: the result says which is now in each slot."""

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
 from align.judge.ask import with_principles
 from align.judge.judgement import Judgement, Pair, as_facts
-from align.judge.labelling import judge_all, measure, unseen_by
-from align.judge.ledger import Ledger
+from align.judge.pairs import reply
 from align.judge.wins import OUTCOMES, win_rate
 from align.progress import say
-from align.records import Message, write_jsonl
+from align.records import write_jsonl
 from align.run import Job, Result
-from align.settings import CompareSettings
-from align.stages.label import LEDGER, open_judges
+from align.stages.label import ask_judges, open_judges
 
 SAMPLES = "samples.jsonl"
 
 
 def run(job: Job) -> Result:
     """Measure the judge where there is something to measure it by, ask it, and count."""
-    settings: CompareSettings = job.settings
     source = job.parents["evaluation"]
     assert source is not None
     first, *others = [policy["name"] for policy in source.facts["metrics"]["policies"]]
@@ -32,19 +28,9 @@ def run(job: Job) -> Result:
     rows = [json.loads(line) for line in (source.folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
     duels = [duel for name in others for number, row in enumerate(rows) for duel in _duels(row, name, first, number)]
     asked = [duel for duel in duels if duel["settled"] is None]
-    pairs = with_principles([Pair(duel["prompt"], _reply(duel["text"]), _reply(duel["against"])) for duel in asked], settings)
+    pairs = with_principles([Pair(duel["prompt"], reply(duel["text"]), reply(duel["against"])) for duel in asked], job.settings)
     judges = open_judges(job)
-    run_folder = job.work.parent.parent
-    ledger = Ledger(Path(settings.ledger) if settings.ledger else run_folder / LEDGER)
-    checks: dict[str, Any] = {}
-    try:
-        if settings.audit_pairs and pairs:
-            gold = job.data.get("gold")
-            unseen = None if gold is None else unseen_by([each for each in job.parents.values() if each], gold)
-            checks["audit"] = measure(job.name, judges, pairs, gold, unseen, ledger, settings, run_folder / f"{job.name}-audit")
-        judgements = judge_all(job.name, judges, pairs, ledger, settings, job.meter(unit="pairs"))
-    finally:
-        ledger.close()
+    judgements, checks = ask_judges(job, judges, pairs)
     for duel, judgement in zip(asked, judgements, strict=True):
         duel |= _judged(judgement)
     write_jsonl(job.work / "duels.jsonl", duels)
@@ -75,10 +61,6 @@ def _duels(row: dict[str, Any], name: str, first: str, number: int) -> list[dict
         settled = 0.5 if text == against else 0.0 if not text else 1.0 if not against else None
         found.append({"number": number, "prompt": row["prompt"], "policy": name, "text": text, "against": against, "settled": settled})
     return found
-
-
-def _reply(text: str) -> list[Message]:
-    return [Message(role="assistant", content=text)]
 
 
 def _judged(judgement: Judgement | None) -> dict[str, Any]:
