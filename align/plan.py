@@ -54,9 +54,10 @@ class Planned:
         """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet. None where rows are not made."""
         settings = self.stage.settings
         if isinstance(settings, Training):
-            if not self.data:
+            learned = self.data.get("data", self.data.get("preferences"))
+            if learned is None:
                 return None
-            rows = len(next(iter(self.data.values()))) * (1 - settings.holdout)
+            rows = len(learned) * (1 - settings.holdout)
             return max(1, round(settings.epochs * rows / settings.batch_size))
         return getattr(settings, "iterations", 1)
 

@@ -21,9 +21,15 @@ _context.set_forkserver_preload(
         "accelerate",
         "matplotlib.pyplot",
         "pytest",
+        "datasets",  # with pandas, a second of every process
+        "pyarrow.compute",
         "align.plan",
         "align.show",
         "align.run",
+        "align.inspect",
+        "align.data.fast",
+        "align.export",
+        "align.report.page",
         *(f"align.stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo", "evaluate")),
     ]
 )

@@ -1,0 +1,76 @@
+"""RLHF, RLAIF, DPO and the best of eight from one SFT policy, and a PPO run that is over-optimised on purpose: one report.
+
+    python benchmarks/evidence.py            some 40 minutes on two cores with bfloat16, twice that without; runs/evidence/report.html
+    python benchmarks/evidence.py --plan     takes every option of a recipe
+
+`people` is the reward model that the policies learn from and are compared by. `unseen`, of another seed, is one that none of them
+was trained against; of the over-optimised run it chooses the best round. Writes runs/evidence/overoptimised.png.
+"""
+
+from pathlib import Path
+
+from align import Recipe
+from align.artifact import Artifact
+
+PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
+OVER = {"prompts": "datasets/prompts.jsonl", "iterations": 24, "learning_rate": 2e-3, "kl_coef": 0.0, "holdout": 0.2, "choose_by": "unseen"}
+
+
+def recipe() -> Recipe:
+    """Everything stands on the same SFT policy."""
+    chain = Recipe("evidence", base="embedded")
+    preferences = "datasets/preferences.jsonl"
+    sft = chain.sft(data="datasets/chat.jsonl")
+    people = chain.reward(policy=sft, preferences=preferences, name="people")
+    unseen = chain.reward(policy=sft, preferences=preferences, name="unseen", seed=1)
+    rlhf = chain.ppo(policy=sft, reward_model=people, name="rlhf", **PPO)
+    over = chain.ppo(policy=sft, reward={"people": (people, 1.0), "unseen": (unseen, 0.0)}, name="overoptimised", **OVER)
+    dpo = chain.dpo(policy=sft, preferences=preferences, learning_rate=2e-4)
+    completions = chain.sample(policy=sft, prompts="datasets/prompts.jsonl", max_new_tokens=64)
+    labels = chain.label(completions=completions, judge=people, gold=preferences)
+    of_labels = chain.reward(policy=sft, preferences=labels, name="of_labels")
+    rlaif = chain.ppo(policy=sft, reward_model=of_labels, name="rlaif", **PPO)
+    chain.evaluate(
+        policies=[sft, dpo, rlhf, rlaif, over],
+        prompts="datasets/heldout_prompts.jsonl",
+        reward_model=people,
+        held_out=[unseen],
+        best_of=8,
+        samples_per_prompt=2,
+    )
+    return chain
+
+
+def draw(artifact: Artifact, path: Path) -> None:
+    """What the over-optimised run saw on held-out prompts: both reward models' scores against the square root of KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = artifact.facts["metrics"]
+    points, best = metrics["evaluations"], metrics["best_round"]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    places = [max(point["kl"], 0.0) ** 0.5 for point in points]
+    for name, label in (("people", "trained against"), ("unseen", "not trained against")):
+        axes.plot(places, [point[f"score/{name}"] for point in points], marker="o", label=f"reward model that it was {label}")
+    chosen = next(i for i, point in enumerate(points) if point["round"] == best)
+    axes.axvline(places[chosen], color="grey", linestyle=":", label=f"round {best}, kept")
+    for place, point in zip(places, points, strict=True):
+        axes.annotate(f"round {point['round']}", (place, point["score/people"]), textcoords="offset points", xytext=(0, 7), ha="center")
+    axes.set(xlabel="square root of the KL to the SFT policy, nats a completion", ylabel="mean score on held-out prompts")
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from align.cli import recipe_main
+
+    run = Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else Path("runs/evidence")
+    code = recipe_main(recipe(), None)
+    if (run / "overoptimised").is_dir():
+        draw(Artifact.open(run / "overoptimised"), run / "overoptimised.png")
+    raise SystemExit(code)
