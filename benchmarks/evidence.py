@@ -13,7 +13,15 @@ from align import Recipe
 from align.artifact import Artifact
 
 PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
-OVER = {"prompts": "datasets/prompts.jsonl", "iterations": 20, "learning_rate": 2e-3, "kl_coef": 0.0, "holdout": 0.2, "choose_by": "unseen"}
+OVER = {
+    "prompts": "datasets/prompts.jsonl",
+    "iterations": 18,
+    "learning_rate": 2e-3,
+    "kl_coef": 0.0,
+    "holdout": 0.2,
+    "eval_every": 3,
+    "choose_by": "unseen",
+}
 
 
 def recipe() -> Recipe:

@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer of its own, built once; and small data files."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -191,6 +192,16 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """Drawing them is a third of the seconds of a tiny run. `finished` has them, from processes of its own."""
+    from align import run
+
+    run.draw = lambda *_: None
+    gc.collect()
+    gc.freeze()  # the libraries are garbage in no test: half a second of every stage's collection
 
 
 def randomise(trunk, adapter, seed=0, spread=0.1):

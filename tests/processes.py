@@ -91,8 +91,11 @@ def _command(
     os.chdir(folder)
     os.environ["COLUMNS"] = "200"
     progress.console.width = 200  # it was made in the server, before this
+    import gc
+
     import torch
 
+    gc.freeze()  # what the server has imported is garbage in no process: half a second of every collection
     torch.set_num_threads(1)  # as two processes share two cores, more threads cost a tiny model thirty times what they give
     if not curves:
         from align import run

@@ -102,6 +102,8 @@ def test_metrics_are_numbers_and_curves_have_every_step(finished):
         assert all(map(math.isfinite, numbers))
         steps = steps_of(finished / name)
         assert steps == list(range(1, len(steps) + 1))
+        if name != "evaluate":
+            assert (finished / name / "curves.png").is_file()
     assert len(steps_of(finished / "ppo")) == 3
     assert facts_of(finished)["sft"]["metrics"].keys() == {"heldout_loss", "heldout_loss_before"}
 
