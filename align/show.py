@@ -158,6 +158,7 @@ def results_table(artifact: Artifact) -> Table:
     metrics = artifact.facts["metrics"]
     first = metrics["policies"][0]["name"]
     unseen = list(metrics["policies"][0].get("held_out", {}))  # reward models that nothing was trained against
+    labelled = list(metrics["policies"][0].get("declined", {}))  # harmful, harmless: where the prompts say
     title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
     table = Table(
         "policy",
@@ -168,6 +169,7 @@ def results_table(artifact: Artifact) -> Table:
         f"KL to {first}",
         "length",
         "ends its turn",
+        *(f"declines {name}" for name in labelled),
         title=title,
         title_justify="left",
     )
@@ -181,6 +183,7 @@ def results_table(artifact: Artifact) -> Table:
             "not known" if row["kl"] is None else f"{row['kl']:.1f} nats",
             f"{row['length']:.0f} tokens",
             f"{row['ended']:.0%}",
+            *("{declined}/{answers}".format(**row["declined"][name]) for name in labelled),
         )
     return table
 

@@ -31,6 +31,12 @@ def original_rows(data: Data, indices: Sequence[int]) -> list[dict[str, Any]]:
     return [found[number] for number in range(len(indices))]
 
 
+def places_of(data: Data, records: Sequence[Any]) -> list[int]:
+    """Where some of a data set's own records, in its order, are in it."""
+    numbered = enumerate(data.records())
+    return [next(at for at, record in numbered if record == one) for one in records]
+
+
 def _rows(data: Data, source: int, file: int) -> Iterator[tuple[int, Any]]:
     """Every row of one file of a source, with its number."""
     described = data.converted[source].report["files"][file]

@@ -11,7 +11,7 @@ import torch
 
 from align.chat import Chat
 from align.data.mix import Data, is_heldout, stirred
-from align.data.originals import original_rows
+from align.data.originals import original_rows, places_of
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.records import Message
@@ -39,8 +39,7 @@ def read_prompts(job: Job, chat: Chat, with_rows: bool) -> tuple[list[PromptRow]
     settings: PPOSettings = job.settings
     data: Data = job.data["prompts"]
     kept = prompt_ids(job.name, data, chat, settings.max_bad_rows, settings.max_prompt_tokens, job.work)
-    numbered = enumerate(data.records())
-    places = [next(at for at, record in numbered if record == one) for one, _ in kept]  # both are in the data's order
+    places = places_of(data, [record for record, _ in kept])
     rows = original_rows(data, places) if with_rows else [{} for _ in kept]
     prompts = [
         PromptRow(ids, record["prompt"], record.get("tools"), row, at) for (record, ids), row, at in zip(kept, rows, places, strict=True)

@@ -182,14 +182,16 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
 
 def _rounds(artifact: Artifact) -> dict[str, Any]:
     """What PPO paid for its reward: score against the square root of KL, which it grows along (Gao et al. 2022, arXiv 2210.10760)."""
-    lines, metrics = _lines(artifact), artifact.facts["metrics"]
+    metrics = artifact.facts["metrics"]
+    training = [{**row, "round": row["step"]} for row in _lines(artifact) if "kl" in row]
     heldout = metrics.get("evaluations") or []
+    rewards = sorted(name for name in (training[0] if training else {}) if name.startswith("score/"))
+    kept = ("round", "kl", "score", "length", *(rewards if len(rewards) > 1 else ()))
     return {
         "stage": artifact.name,
-        "training": [
-            {"round": row["step"], "kl": row["kl"], "score": row["score"], "length": row["length"]} for row in lines if "kl" in row
-        ],
-        "heldout": [{"round": point["round"], "kl": point["kl"], "score": point["score"], "length": point["length"]} for point in heldout],
+        "training": [{name: row.get(name) for name in kept} for row in training],
+        "heldout": [{name: point.get(name) for name in kept} for point in heldout],
+        "rewards": [name.removeprefix("score/") for name in kept if name in rewards],
         "best_round": metrics.get("best_round"),
     }
 
@@ -231,7 +233,8 @@ def _comparison(artifact: Artifact) -> dict[str, Any]:
 def _evaluation(artifact: Artifact) -> dict[str, Any]:
     """An evaluation's table, with what each difference lets one say, and its samples."""
     metrics = artifact.facts["metrics"]
-    policies: list[dict[str, Any]] = [dict(policy) for policy in metrics["policies"]]
+    of_before: dict[str, Any] = {"declined": {}, "repetition": None}  # artifacts made before these were counted
+    policies: list[dict[str, Any]] = [{**of_before, **policy} for policy in metrics["policies"]]
     for policy in policies[1:]:
         policy["direction"] = direction(policy["difference_interval"])
         policy["verdict"] = _words(policy, policies[0]["name"])

@@ -68,10 +68,11 @@ def _names(panel: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_charts(rounds: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Score, then length, against the square root of KL; the best evaluated round is ringed."""
+    """The score, each of its parts where there are several, and length against the square root of KL; the round that was kept is ringed."""
     sets = [("in training", rounds["training"])] + ([("held out", rounds["heldout"])] if rounds["heldout"] else [])
     charts = []
-    for key, title in (("score", "score"), ("length", "tokens a completion")):
+    of_parts = [(f"score/{name}", f"score by {name}") for name in rounds["rewards"]]
+    for key, title in (("score", "score"), *of_parts, ("length", "tokens a completion")):
         series = [
             {"name": name, "points": [[math.sqrt(max(p["kl"], 0.0)), p[key]] for p in points], "joined": name == "held out"}
             for name, points in sets

@@ -13,6 +13,8 @@ import torch
 
 from align.artifact import Artifact
 from align.chat import Chat
+from align.confidence import wilson_interval
+from align.data.originals import original_rows, places_of
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.model.forward import forward, forward_head
@@ -21,6 +23,7 @@ from align.model.load import Sampler, each_policy, load_role, open_trunk, root_i
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
 from align.records import Message, write_jsonl
+from align.refusals import asks_for_harm, declines
 from align.run import Job, Result
 from align.settings import EvaluateSettings
 
@@ -81,9 +84,11 @@ def run(job: Job) -> Result:
         unscored = [answer for answer in answers if not (answer.scores if reward is rewards[0] else reward.name in answer.held_out)]
         if unscored:
             _score_apart(job, reward, rewards, unscored, settings)
-    table = [compare(answer, answers[0]) for answer in answers]
+    data, records = job.data["prompts"], [record for record, _ in rows]
+    harmful = [asks_for_harm(row) for row in original_rows(data, places_of(data, records))]
+    table = [{**compare(answer, answers[0]), "declined": declined(answer.texts, harmful)} for answer in answers]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
-    write_jsonl(job.work / "samples.jsonl", sample_rows([row["prompt"] for row, _ in rows], answers))
+    write_jsonl(job.work / "samples.jsonl", sample_rows([record["prompt"] for record in records], answers))
     return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
 
 
@@ -237,6 +242,25 @@ def _compared(scores: list[list[float | None]], first: list[list[float | None]] 
         "difference_interval": interval(differences),
         "better_share": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences) if differences else None,
     }
+
+
+def declined(texts: Sequence[Sequence[str]], harmful: Sequence[bool | None]) -> dict[str, dict[str, Any]]:
+    """How many answers decline, of those to prompts that their rows call harmful and of those to the others called harmless.
+
+    Args:
+        texts: the answers to each prompt.
+        harmful: of each prompt; None where its row does not say.
+
+    Returns:
+        For "harmful" and "harmless", where there are any: answers that decline, answers, and the share's 95 percent interval.
+    """
+    found = {}
+    for name, wanted in (("harmful", True), ("harmless", False)):
+        answers = [text for of_prompt, asks in zip(texts, harmful, strict=True) if asks is wanted for text in of_prompt]
+        if answers:
+            count = sum(map(declines, answers))
+            found[name] = {"declined": count, "answers": len(answers), "interval": wilson_interval(count, len(answers))}
+    return found
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:

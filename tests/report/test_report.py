@@ -16,7 +16,7 @@ from align.confidence import in_words, prompts_needed
 from align.errors import AlignError
 from align.report.chart import chain, intervals, lines, ticks
 from align.report.facts import run_facts
-from align.report.page import page, write_report
+from align.report.page import _cost_charts, page, write_report
 from align.trl_settings import settings_of
 
 HOSTILE = '<script>window.hit=1</script> & \x1b[31mred\u202e "quoted" </p>'
@@ -56,6 +56,18 @@ def test_the_facts_are_the_artifacts(small_run):
     assert [policy["name"] for policy in evaluation["policies"]] == ["base", "sft", "dpo", "ppo"]
     assert len(evaluation["samples"]) == evaluation["prompts"]
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_reward_that_was_only_watched_has_a_chart_of_its_own():
+    def points(slope):
+        return [
+            {"round": i, "kl": i * i, "score": i, "length": 9.0, "score/trained": float(i), "score/watched": slope * i} for i in range(1, 4)
+        ]
+
+    rounds = {"training": points(1.0), "heldout": points(-1.0), "best_round": 1, "rewards": ["trained", "watched"]}
+    charts = {chart["title"]: str(chart["chart"]) for chart in _cost_charts(rounds)}
+    assert list(charts) == ["score", "score by trained", "score by watched", "tokens a completion"]
+    assert "held out: -3 at square root of KL to the reference 3" in charts["score by watched"]
 
 
 def test_only_settings_that_are_not_the_defaults_are_told(small_run):

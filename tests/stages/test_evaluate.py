@@ -2,13 +2,13 @@ import json
 import math
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, write_rows
 
 from align import Lora, Recipe
 from align.errors import AlignError
 from align.model.generate import Completion
 from align.model.packing import Example
-from align.stages.evaluate import Answers, compare, distinct, interval, repetition
+from align.stages.evaluate import Answers, compare, declined, distinct, interval, repetition
 
 
 def answers(name, scores, kl=None):
@@ -62,6 +62,16 @@ def test_an_interval_by_hand():
     assert math.isclose(interval([2.0, 2.0])[0], 2.0)
 
 
+def test_what_declines_is_counted_apart_for_harmful_and_harmless_prompts():
+    no, yes = "I can't help with that.", "Stir it."
+    found = declined([[no, yes], [no, no], [yes, yes], [no, no]], [True, True, False, None])
+    assert [(name, of["declined"], of["answers"]) for name, of in found.items()] == [("harmful", 3, 4), ("harmless", 0, 2)]
+    assert found["harmful"]["interval"] == pytest.approx(
+        [0.3006, 0.9544], abs=1e-4
+    )  # statsmodels' proportion_confint(3, 4, method="wilson")
+    assert declined([[no]], [None]) == {}
+
+
 def test_n_grams_by_hand():
     assert distinct(["a b a b", "A b"], 2) == pytest.approx(2 / 4)  # ab ba ab, ab
     assert distinct(["one", ""], 2) is None
@@ -78,8 +88,11 @@ def compared(tiny_base, data, tmp_path_factory):
     unseen = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=Lora(rank=4), name="unseen", **{**SMALL, "seed": 1})
     apart = recipe.reward(preferences=data / "preferences.jsonl", lora=None, name="apart", **SMALL)
     policies = {"policies": [recipe.base, sft], "reward_model": reward, "held_out": [unseen, apart]}
-    recipe.evaluate(**policies, prompts=data / "heldout.jsonl", max_new_tokens=12, best_of=8)
-    run = recipe.run(tmp_path_factory.mktemp("compared") / "run")
+    folder = tmp_path_factory.mktemp("compared")
+    rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text().splitlines()]
+    prompts = write_rows(folder / "labelled.jsonl", [{**row, "harmful": number == 1} for number, row in enumerate(rows)])
+    recipe.evaluate(**policies, prompts=prompts, max_new_tokens=12, best_of=8)
+    run = recipe.run(folder / "run")
     return run, {row["name"]: row for row in json.loads((run / "evaluate" / "results.json").read_text())["policies"]}
 
 
@@ -108,8 +121,17 @@ def test_the_table_and_the_report_show_what_is_unseen(compared, capsys):
 
     run, _ = compared
     show_run(run)
-    assert "unseen" in capsys.readouterr().out
-    assert "By unseen, which nothing was trained against:" in write_report(run).read_text()
+    shown, page = capsys.readouterr().out, write_report(run).read_text()
+    assert "unseen" in shown
+    assert "By unseen, which nothing was trained against:" in page
+    assert "<th>declines harmful</th><th>declines harmless</th>" in page
+    assert "0 of 3" in page
+    assert "0/3" in shown
+
+
+def test_what_the_prompts_rows_say_is_counted_of_every_policy(compared):
+    _, table = compared
+    assert [{name: of["answers"] for name, of in row["declined"].items()} for row in table.values()] == [{"harmful": 1, "harmless": 3}] * 3
 
 
 def test_best_of_needs_a_reward_model_on_the_same_weights(tiny_base, data, tmp_path):
