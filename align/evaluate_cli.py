@@ -1,4 +1,4 @@
-"""`align evaluate`: compare the policies of a run on other prompts, without a recipe, by an evaluate stage like any other; or benchmarks."""
+"""`align evaluate`: compare a run's policies on other prompts, without a recipe, by an evaluate stage like any other. Or benchmarks."""
 
 from __future__ import annotations
 

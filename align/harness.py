@@ -1,4 +1,4 @@
-"""`align evaluate RUN/STAGE --tasks ...`: standard benchmarks, by EleutherAI's lm-evaluation-harness on a policy that is exported for it."""
+"""`align evaluate RUN/STAGE --tasks ...`: standard benchmarks, by lm-evaluation-harness on a policy that is exported for it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if name.endswith("_stderr") or not isinstance(value, int | float) or not filtered:
             continue
         error = found.get(f"{name}_stderr,{filtered}")
-        known = isinstance(error, int | float)
         label = name if filtered == "none" else f"{name} ({filtered})"
-        metrics[label] = {"value": value, "interval": [value - Z95 * error, value + Z95 * error] if known else None}
+        interval = [value - Z95 * error, value + Z95 * error] if isinstance(error, int | float) else None
+        metrics[label] = {"value": value, "interval": interval}
     return metrics
