@@ -8,7 +8,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from align.data.sources import Source
 from align.errors import AlignError
-from align.recipe import Comparison, Completions, Conversations, Evaluation, Policy, Preferences, Recipe, RewardModel
+from align.handles import Comparison, Completions, Conversations, Evaluation, Policy, Preferences, RewardModel
+from align.recipe import Recipe
 from align.rewards import judged
 from align.settings import Lora
 

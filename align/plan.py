@@ -12,8 +12,9 @@ from align.base import Base, file_sha256, find_base
 from align.data.mix import Data, load_data
 from align.errors import AlignError
 from align.files import shipped_file
+from align.handles import BASE
 from align.judge.open import judge_identity
-from align.recipe import BASE, Recipe, Stage
+from align.recipe import Recipe, Stage
 from align.records import Kind
 from align.settings import MeasuredJudge, PPOSettings, Training
 

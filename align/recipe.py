@@ -12,6 +12,20 @@ from typing import Any
 from align.artifact import Artifact
 from align.data.sources import Source, as_sources
 from align.errors import AlignError
+from align.handles import (
+    BASE,
+    KINDS,
+    MAKERS,
+    Comparison,
+    Completions,
+    Conversations,
+    Evaluation,
+    Handle,
+    Judge,
+    Policy,
+    Preferences,
+    RewardModel,
+)
 from align.overrides import build, parse_override, replace_in
 from align.records import Kind
 from align.rewards import Reward, as_rewards
@@ -42,52 +56,8 @@ OPTIONAL_DATA: dict[str, dict[str, Kind]] = {
 }
 
 
-@dataclass(frozen=True)
-class Handle:
-    """What a stage will make: its name, or the folder of an artifact from elsewhere."""
-
-    name: str
-    artifact: Artifact | None = None
-    recipe: Recipe | None = None  # that declared it; none for the base and for an artifact from elsewhere
-
-
-class Judge(Handle):
-    """What can compare two completions."""
-
-
-class Policy(Judge):
-    """A model that answers: the base, or what sft, dpo and ppo make."""
-
-
-class RewardModel(Judge):
-    """A model that scores a completion."""
-
-
-class Evaluation(Handle):
-    """A comparison of policies."""
-
-
-class Comparison(Handle):
-    """Win rates of policies."""
-
-
-class Completions(Handle):
-    """Completions of prompts, several of each, not labelled."""
-
-
-class Preferences(Handle):
-    """Pairs of completions that a judge has labelled."""
-
-
-class Conversations(Handle):
-    """Prompts with answers to learn from."""
-
-
 Rows = str | os.PathLike | Source | Mapping[str, Any] | Sequence[Any] | Preferences | Conversations  # what data= and preferences= take
 MADE_ROWS: dict[Kind, type[Handle]] = {"preference": Preferences, "conversation": Conversations}
-
-
-BASE = Policy("base")
 
 
 @dataclass(frozen=True)
@@ -363,7 +333,7 @@ class Recipe:
             if not isinstance(handle, wanted):
                 found = f"a {type(handle).__name__} (stage {handle.name!r})" if isinstance(handle, Handle) else f"{handle!r}"
                 article = "an" if wanted is Evaluation else "a"
-                raise AlignError(f"{name}: {role} is {found}; expected {article} {wanted.__name__}, {_MAKERS[wanted]}.")
+                raise AlignError(f"{name}: {role} is {found}; expected {article} {wanted.__name__}, {MAKERS[wanted]}.")
             if handle.artifact is None and handle is not BASE and handle.recipe is not self:
                 raise AlignError(f"{name}: {role} is stage {handle.name!r} of another recipe; declare it here, or use recipe.load(folder).")
         columns = settings.pop("columns", None)
@@ -451,23 +421,3 @@ class Recipe:
     def default_folder(self) -> Path:
         """Where the run goes unless told otherwise."""
         return Path("runs") / self.name
-
-
-KINDS: dict[str, type[Handle]] = {  # of artifacts that a stage may be given
-    "policy": Policy,
-    "reward_model": RewardModel,
-    "completions": Completions,
-    "preferences": Preferences,
-    "conversations": Conversations,
-    "evaluation": Evaluation,
-}
-_MAKERS = {
-    Judge: "a policy or a reward model",
-    Policy: "from recipe.sft, recipe.dpo, recipe.ppo, recipe.trl or recipe.base",
-    RewardModel: "from recipe.reward",
-    Completions: "from recipe.sample",
-    Preferences: "from recipe.label, or a file",
-    Conversations: "from recipe.revise, or a file",
-    Evaluation: "from recipe.evaluate",
-    Comparison: "from recipe.compare",
-}

@@ -5,8 +5,8 @@ import pytest
 
 from align import Recipe
 from align.errors import AlignError
+from align.handles import RewardModel
 from align.plan import make_plan
-from align.recipe import RewardModel
 from align.rewards import as_rewards, function_identity, judged
 
 MODEL = RewardModel("helpful")
