@@ -1,0 +1,175 @@
+"""SFT, the reward model and DPO here and in TRL: examples a second and peak memory, on SmolLM2 with the same pairs of people.
+
+    python benchmarks/trl_training.py                    about half an hour on two cores
+    python benchmarks/trl_training.py --only dpo --repeat 1 --json
+
+Every measurement is a process of its own, and the ways take turns: one epoch over the same pairs of the HH data (of at most 512
+tokens), optimizer steps of 8, rank-16 adapters on every linear layer, one learning rate. TRL runs with its defaults (float32
+weights, autocast where the processor has bfloat16, checkpointing), and with the best that was found here: the base in the
+processor's own type, no checkpointing, the reference computed once, packing where it has it. Times leave out loading and tokenising,
+and count the reference's pass. That losses and gradients are equal is tested in tests/parity.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preference/hh_harmless_test_a.jsonl.gz"
+STEP, LONGEST, RATE, ALIKE = 8, 512, 1e-4, ("sft", "reward", "dpo")
+
+
+def rows(kind: str, count: int) -> list[dict]:
+    """The first pairs that are short enough, as both sides read them."""
+    from align.base import find_base, local_model
+    from align.chat import Chat
+    from align.data.mix import load_data
+    from align.data.sources import Source
+
+    chat, found = Chat.load(local_model(find_base("embedded"))), []
+    for record in load_data((Source(str(SOURCE)),), "preference", "benchmark").records():
+        pair = {name: record[name] for name in ("prompt", "chosen", "rejected")}
+        sizes = [len(chat.prompt_ids([*pair["prompt"], *pair[side]])) for side in ("chosen", "rejected")]
+        if max(sizes) <= LONGEST:
+            found.append({"prompt": pair["prompt"], "completion": pair["chosen"]} if kind == "sft" else pair)
+        if len(found) == count:
+            break
+    return found
+
+
+def ours(kind: str, count: int, folder: Path) -> dict:
+    """The stage, with what it takes before and during training timed."""
+    import importlib
+
+    from align import Recipe
+    from align.artifact import Artifact
+
+    stage, spent = importlib.import_module(f"align.stages.{kind}"), []
+
+    def timed(function):
+        def call(*arguments):
+            begun = time.perf_counter()
+            found = function(*arguments)
+            spent.append(time.perf_counter() - begun)
+            return found
+
+        return call
+
+    for name in ("reference_logps", "train"):
+        if hasattr(stage, name):
+            setattr(stage, name, timed(getattr(stage, name)))
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, count)))
+    recipe = Recipe("benchmark", base="embedded")
+    settings = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
+    if kind == "sft":
+        recipe.sft(data=data, **settings)
+    else:
+        getattr(recipe, kind)(preferences=data, **settings)
+    run = recipe.run(folder / "run")
+    return {"seconds": sum(spent), "gb": Artifact.open(run / kind).facts["peak_memory_gb"]}
+
+
+def theirs(kind: str, count: int, folder: Path, best: bool) -> dict:
+    """TRL's trainer for the same."""
+    import torch
+    import trl
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    import datasets
+    from align.base import find_base, local_model
+    from align.model.trunk import native_dtype
+    from align.run import peak_memory_gb
+
+    location, native = local_model(find_base("embedded")), native_dtype(torch.device("cpu"))
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[kind]
+    tuned: dict = {"gradient_checkpointing": False, "bf16": False, "model_init_kwargs": {"dtype": str(native).removeprefix("torch.")}}
+    tuned |= {"sft": {"packing": True, "max_length": 1024}, "dpo": {"precompute_ref_log_probs": True}}.get(kind, {})
+    plain = {} if native == torch.bfloat16 else {"bf16": False}  # autocast to a type it lacks takes a hundred times as long
+    batch = 1 if best and kind == "sft" else 4  # a packed row is many examples
+    arguments = getattr(trl, f"{name}Config")(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        learning_rate=RATE,
+        num_train_epochs=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **(
+            tuned if best else {} if native == torch.bfloat16 else {"bf16": False}
+        ),  # autocast to a type it lacks takes a hundred times as long
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=location,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows(kind, count)),
+        processing_class=AutoTokenizer.from_pretrained(location),
+        peft_config=LoraConfig(
+            task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"
+        ),
+    )
+    begun = time.perf_counter()
+    trainer.train()
+    return {"seconds": time.perf_counter() - begun, "gb": peak_memory_gb()}
+
+
+WAYS = {
+    "align": ours,
+    "TRL, defaults": lambda *what: theirs(*what, False),
+    "TRL, tuned": lambda *what: theirs(*what, True),
+}
+
+
+def measured(kind: str, way: str, count: int) -> dict:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, f"--examples={count}", "--measure", kind, way]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{kind}, {way}: {ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=ALIKE, help="one kind of training; repeatable")
+    parser.add_argument("--examples", type=int, default=32, help="pairs in the epoch")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        kind, way = options.measure
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(WAYS[way](kind, options.examples, Path(folder))))
+        return
+    found: dict[str, dict[str, list[dict]]] = {kind: {way: [] for way in WAYS} for kind in options.only or ALIKE}
+    for _ in range(options.repeat):
+        for kind, ways in found.items():
+            for way, lines in ways.items():
+                lines.append(measured(kind, way, options.examples))
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print("| | examples a second | align is | peak memory | align's is |\n|---|--:|--:|--:|--:|")
+    for kind, ways in found.items():
+        seconds = {way: statistics.median(line["seconds"] for line in lines) for way, lines in ways.items()}
+        memory = {way: statistics.median(line["gb"] for line in lines) for way, lines in ways.items()}
+        for way in ways:
+            faster, less = seconds[way] / seconds["align"], memory["align"] / memory[way]
+            print(
+                f"| {kind}: {way} | {options.examples / seconds[way]:.2f} | {faster:.1f} times | {memory[way]:.1f} GB | {less:.2f} of it |"
+            )
+
+
+if __name__ == "__main__":
+    if not SOURCE.is_file():
+        raise SystemExit(f"the HH data is not here: {SOURCE}")
+    main()
