@@ -42,7 +42,7 @@ from align.settings import (
     Settings,
     SFTSettings,
 )
-from align.trl_settings import BY_REWARD, ROWS, settings_of
+from align.trl_settings import BY_REWARD, BY_TEACHER, ROWS, settings_of
 
 DTYPES = ("bfloat16", "float32", "nf4")
 RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
@@ -177,16 +177,26 @@ class Recipe:
         return self._declare(name, "ppo", Policy, PPOSettings, inputs, {"prompts": (prompts, "prompt")}, settings, rewards)
 
     def trl(
-        self, *, trainer: str, data: Rows, policy: Policy = BASE, reward: Any = None, name: str | None = None, **settings: Any
+        self,
+        *,
+        trainer: str,
+        data: Rows,
+        policy: Policy = BASE,
+        reward: Any = None,
+        teacher: Policy | None = None,
+        name: str | None = None,
+        **settings: Any,
     ) -> Policy:
-        """One of TRL's own trainers on a policy: KTO, ORPO, CPO, RLOO, GRPO, and its SFT and DPO for comparison.
+        """One of TRL's own trainers on a policy: KTO, ORPO, CPO, RLOO, GRPO, Distillation, and its SFT and DPO for comparison.
 
         Args:
             trainer: its name.
             data: conversations (SFT), preferences (DPO, ORPO, CPO), replies that are each good or bad, or preferences (KTO), or
-                prompts (RLOO, GRPO).
+                prompts (RLOO, GRPO, Distillation).
             policy: what it starts from, and the reference where there is one.
             reward: of RLOO and GRPO: a function (prompt, completion, row) -> number, or several; see `align.rewards`.
+            teacher: of Distillation: the policy whose law is learned; one of another base by recipe.load, or a model that is no artifact
+                by TRL's own setting teacher_model_name_or_path. It must have the policy's vocabulary.
             name: of the stage; the trainer's name unless given.
             **settings: TRL's own, by their names; see `--help`.
         """
@@ -202,6 +212,14 @@ class Recipe:
         elif reward is not None:
             raise AlignError(f"{name}: TRL's {trainer} trainer takes no reward; {' and '.join(BY_REWARD)} do.")
         inputs = {"policy": (policy, Policy)}
+        if trainer in BY_TEACHER:
+            if (teacher is None) == ("teacher_model_name_or_path" not in settings):
+                raise AlignError(
+                    f"{name}: TRL's {trainer} trainer learns from one teacher: give teacher=POLICY, or teacher_model_name_or_path."
+                )
+            inputs |= {} if teacher is None else {"teacher": (teacher, Policy)}
+        elif teacher is not None:
+            raise AlignError(f"{name}: TRL's {trainer} trainer takes no teacher; {' and '.join(BY_TEACHER)} does.")
         return self._declare(name, "trl", Policy, kind, inputs, {"data": (data, ROWS[trainer])}, {"trainer": trainer, **settings}, rewards)
 
     def sample(self, *, policy: Policy | Sequence[Policy], prompts: Rows, name: str = "sample", **settings: Any) -> Completions:

@@ -25,8 +25,10 @@ ROWS: dict[str, Kind] = {  # trainer -> what it learns from
     "KTO": "feedback",
     "RLOO": "prompt",
     "GRPO": "prompt",
+    "Distillation": "prompt",
 }
 BY_REWARD = ("RLOO", "GRPO")  # trainers that sample and are told how good it was
+BY_TEACHER = ("Distillation",)  # trainers that learn another model's law
 OURS = {"output_dir", "seed", "data_seed", "report_to", "run_name", "project", "logging_dir", "disable_tqdm", "use_cpu", "deepspeed"}
 OURS |= {"model_init_kwargs", "trust_remote_code", "resume_from_checkpoint", "ignore_data_skip", "do_train", "do_eval", "do_predict"}
 OURS |= {"remove_unused_columns", "label_names", "load_best_model_at_end", "chat_template_path"}

@@ -38,7 +38,7 @@ from align.model.trunk import Trunk, peft_config, save_adapter
 from align.progress import Meter, say
 from align.run import Job, Result
 from align.settings import Lora
-from align.trl_settings import BY_REWARD, ROWS, TRLSettings, module_of
+from align.trl_settings import BY_REWARD, BY_TEACHER, ROWS, TRLSettings, module_of
 
 ROW = "align_row"  # the column with a prompt's place, by which a reward finds its row
 PROBE = 16  # tokens on which the joined adapter is held against the stack
@@ -209,7 +209,20 @@ def _make_trainer(job: Job, model: PeftModel, tokenizer: Any, rows: datasets.Dat
         use_cpu=not torch.cuda.is_available(),
     )
     given = {"model": model, "args": arguments, "train_dataset": rows, "processing_class": tokenizer}
-    return trainer(**given, **({"reward_funcs": rewards} if settings.trainer in BY_REWARD else {}))
+    given |= {"reward_funcs": rewards} if settings.trainer in BY_REWARD else {}
+    given |= {"teacher_model": _teacher(job)} if settings.trainer in BY_TEACHER else {}
+    return trainer(**given)
+
+
+def _teacher(job: Job) -> Any:
+    """The model whose law is learned, on weights of its own beside the policy's: TRL trains and runs both at once."""
+    if "teacher" not in job.parents:
+        return job.settings.teacher_model_name_or_path
+    artifact = job.parents["teacher"]
+    trunk, _ = open_trunk(artifact.base if artifact else job.base, artifact, job.dtype)
+    trunk.rest_in(load_role(trunk, artifact))
+    trunk.model.set_attn_implementation(trunk.own_attention)
+    return trunk.model
 
 
 class _Report(TrainerCallback):

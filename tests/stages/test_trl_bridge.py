@@ -9,6 +9,7 @@ from align import Lora, Recipe
 from align.artifact import Artifact
 from align.chat import Chat
 from align.errors import AlignError
+from align.handles import BASE
 from align.model.compose import A, compose, save_composed
 from align.model.load import ADAPTER, load_role, open_trunk
 from align.model.trunk import Role
@@ -55,6 +56,9 @@ def made(tiny_base, data, tmp_path_factory):
             kto = last
     sampling = {**FEW, "num_generations": 2, "max_completion_length": 8}
     rloo = recipe.trl(trainer="RLOO", policy=policy, data=data / "prompts.jsonl", reward=says_less, name="trl-RLOO", **sampling)
+    distilling = {"trainer": "Distillation", "policy": policy, "data": data / "prompts.jsonl", **FEW, "max_completion_length": 8}
+    recipe.trl(teacher=kto, name="trl-Distillation", **distilling)
+    recipe.trl(teacher=policy, name="of-itself", **distilling)
     dpo = recipe.dpo(policy=kto, preferences=data / "preferences.jsonl", lora=Lora(rank=4), **SMALL)
     reward = recipe.reward(policy=policy, preferences=data / "preferences.jsonl", lora=Lora(rank=4), **SMALL)
     recipe.evaluate(policies=[policy, kto, rloo, dpo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=8)
@@ -100,7 +104,7 @@ def test_dora_cannot_be_composed(trunk, tmp_path):
         compose([tmp_path / "dora"])
 
 
-@pytest.mark.parametrize("trainer", ["SFT", "DPO", "KTO", "ORPO", "RLOO"])
+@pytest.mark.parametrize("trainer", ["SFT", "DPO", "KTO", "ORPO", "RLOO", "Distillation"])
 def test_a_trainer_of_trl_leaves_a_policy_of_ours(made, trainer):
     artifact = Artifact.open(made / f"trl-{trainer}", verify=True)
     assert artifact.kind == "policy"
@@ -118,6 +122,16 @@ def test_the_reference_is_the_policy_that_training_starts_from(made):
     first = json.loads((made / "trl-DPO" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_teacher_is_the_policy_that_it_was_given_as(made):
+    """A policy that learns from itself has nothing to learn; from another it has."""
+    first = {
+        name: json.loads((made / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("of-itself", "trl-Distillation")
+    }
+    assert abs(first["of-itself"]) < 1e-5
+    assert first["trl-Distillation"] > 1e-3
+    assert Artifact.open(made / "trl-Distillation").facts["parents"]["teacher"]["name"] == "trl-KTO"
 
 
 def test_what_trl_made_goes_on_as_any_policy_does(made):
@@ -168,6 +182,9 @@ def test_preferences_are_feedback_too_and_undecided_ones_are_not(tmp_path):
         ({"trainer": "KTO", "beta": "much"}, r"kto\.beta: 'much' does not fit; expected a number"),
         ({"trainer": "KTO", "report_to": "wandb"}, r"kto\.report_to: there is no such setting"),
         ({"trainer": "KTO", "reward": says_less}, r"kto: TRL's KTO trainer takes no reward; RLOO and GRPO do"),
+        ({"trainer": "Distillation"}, r"distillation: TRL's Distillation learns from one teacher: give teacher=POLICY or"),
+        ({"trainer": "Distillation", "teacher": BASE, "teacher_model_name_or_path": "a"}, r"learns from one teacher"),
+        ({"trainer": "KTO", "teacher": BASE}, r"kto: TRL's KTO trainer takes no teacher; Distillation does"),
         ({"trainer": "RLOO"}, r"rloo: nothing scores its completions"),
         ({"trainer": "RLOO", "reward": "some/classifier"}, r"rloo: reward 'classifier' is a classifier; TRL is given functions"),
     ],
