@@ -182,7 +182,7 @@ def test_preferences_are_feedback_too_and_undecided_ones_are_not(tmp_path):
         ({"trainer": "KTO", "beta": "much"}, r"kto\.beta: 'much' does not fit; expected a number"),
         ({"trainer": "KTO", "report_to": "wandb"}, r"kto\.report_to: there is no such setting"),
         ({"trainer": "KTO", "reward": says_less}, r"kto: TRL's KTO trainer takes no reward; RLOO and GRPO do"),
-        ({"trainer": "Distillation"}, r"distillation: TRL's Distillation learns from one teacher: give teacher=POLICY or"),
+        ({"trainer": "Distillation"}, r"distillation: TRL's Distillation trainer learns from one teacher: give teacher=POLICY"),
         ({"trainer": "Distillation", "teacher": BASE, "teacher_model_name_or_path": "a"}, r"learns from one teacher"),
         ({"trainer": "KTO", "teacher": BASE}, r"kto: TRL's KTO trainer takes no teacher; Distillation does"),
         ({"trainer": "RLOO"}, r"rloo: nothing scores its completions"),
