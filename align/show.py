@@ -32,7 +32,8 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         "steps",
         "state",
         "why",
-        "last took",
+        "takes",
+        "peak memory",
         title=escape(f"{recipe.name} on {recipe.base_model} in {run}"),
         title_justify="left",
     )
@@ -46,7 +47,7 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
     for planned in plans:
         parents = ", ".join(parent_names(planned.parents))
         rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
-        took = f"{planned.seconds:.0f} s" if planned.seconds is not None else "not known"
+        seconds = planned.seconds if planned.state in ("done", "archived") else planned.expected_seconds
         table.add_row(
             planned.stage.name,
             parents,
@@ -54,14 +55,15 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
             "" if planned.steps is None else f"{planned.steps:,}",
             words[planned.state],
             escape(planned.reason),
-            took,
+            "not known" if seconds is None else f"{seconds:.0f} s",
+            "not known" if planned.former is None else f"{planned.former.facts['peak_memory_gb']:.2f} GB",
         )
     console.print(table)
     todo = [p for p in plans if p.state in ("run", "resume")]
-    known = [p.seconds for p in todo if p.seconds is not None]
+    known = [seconds for p in todo if (seconds := p.expected_seconds) is not None]
     if todo:
         cost = (
-            f"about {sum(known) / 60:.1f} minutes by the last run here"
+            f"about {sum(known) / 60:.1f} minutes at the pace of the last run here"
             if len(known) == len(todo)
             else "time not known before the first run"
         )
