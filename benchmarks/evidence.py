@@ -5,6 +5,9 @@
 
 `people` is the reward model that the policies learn from and are compared by. `unseen`, of another seed, is one that none of them
 was trained against; of the over-optimised run it chooses the best round. Writes runs/evidence/overoptimised.png.
+
+Run so far: SFT, both reward models and 18 rounds of `overoptimised`, which took KL to 42 nats and turned neither score down (from -0.12
+to 0.65 by `people`, from -0.26 to 0.40 by `unseen`, which has the same data and so shares its mistakes). Hence the 48 rounds below.
 """
 
 from pathlib import Path
@@ -15,7 +18,7 @@ from align.artifact import Artifact
 PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
 OVER = {
     "prompts": "datasets/prompts.jsonl",
-    "iterations": 18,
+    "iterations": 48,
     "learning_rate": 2e-3,
     "kl_coef": 0.0,
     "holdout": 0.2,
