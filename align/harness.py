@@ -40,17 +40,14 @@ def run_tasks(folder: Path, tasks: Sequence[str], include: Path | None = None, l
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise AlignError(f"--tasks: the package lm-eval is not installed. Install it: {INSTALL}")
-    import torch
-
     from align.talk import find_policy
 
     artifact = find_policy(folder)
     out = out or artifact.folder.parent / "evaluations" / f"tasks-{artifact.name}.json"
     manager = _known_tasks(tasks, include)
     out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exported-") as place:
-        results = _measure(_exported(folder, Path(place), device), device, tasks, manager, limit)
+        results = _measure(_exported(folder, Path(place)), tasks, manager, limit)
     facts = {
         "policy": artifact.name,
         "identity": artifact.identity,
@@ -71,8 +68,7 @@ def tasks_table(path: Path) -> Table:
     )
     for task, metrics in facts["results"].items():
         for name, metric in metrics.items():
-            low, high = metric["interval"] or (None, None)
-            shown = f"{metric['value']:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
+            shown = f"{metric['value']:.3f}" + (" ({:.3f} to {:.3f})".format(*metric["interval"]) if metric["interval"] else "")
             table.add_row(task, name, shown, str(facts["examples"].get(task, "")))
     return table
 
@@ -93,22 +89,27 @@ def _known_tasks(tasks: Sequence[str], include: Path | None) -> Any:
     return manager
 
 
-def _exported(folder: Path, place: Path, device: Any) -> Path:
+def _exported(folder: Path, place: Path) -> Path:
     """Merged weights, in the type that the device computes in."""
+    import torch
+
     from align.export import export
+    from align.model.load import default_device
     from align.model.trunk import native_dtype
 
-    return export(folder, "merged", place / "model", str(native_dtype(device)).removeprefix("torch."))
+    return export(folder, "merged", place / "model", str(native_dtype(torch.device(default_device()))).removeprefix("torch."))
 
 
-def _measure(model: Path, device: Any, tasks: Sequence[str], manager: Any, limit: int | None) -> dict[str, Any]:
+def _measure(model: Path, tasks: Sequence[str], manager: Any, limit: int | None) -> dict[str, Any]:
     from lm_eval import simple_evaluate
+
+    from align.model.load import default_device
 
     try:
         return simple_evaluate(
             model="hf",
             model_args={"pretrained": str(model), "dtype": "auto", "trust_remote_code": False},
-            device=str(device),  # else it takes a GPU that may not be there
+            device=default_device(),  # else it takes a GPU that may not be there
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from align.errors import AlignError
 from align.files import shipped_file
 from align.handles import BASE
 from align.judge.open import judge_identity
+from align.progress import last_metrics
 from align.recipe import Recipe, Stage
 from align.records import Kind
 from align.settings import MeasuredJudge, PPOSettings, Training
@@ -27,7 +27,6 @@ COMPLETIONS = "completions.jsonl"
 SAMPLED = "sampled.jsonl"  # what a stopped sampling has so far
 PARTIAL = ".partial"
 CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -57,8 +56,8 @@ class Planned:
         """How long what is left of it would take at the pace of the last time: training and PPO by their steps, others as they took."""
         if self.former is None or not isinstance(self.stage.settings, Training | PPOSettings) or self.steps is None:
             return self.seconds
-        before = _last_step(self.former.folder / METRICS)
-        done = _last_step(self.work / METRICS) if self.state == "resume" else 0
+        before = last_metrics(self.former.folder / "metrics.jsonl")["step"]
+        done = last_metrics(self.work / "metrics.jsonl")["step"] if self.state == "resume" else 0
         return self.former.facts["seconds"] * max(0, self.steps - done) / before if before else self.seconds
 
     @property
@@ -72,12 +71,6 @@ class Planned:
             rows = len(learned) * (1 - settings.holdout)
             return max(1, round(settings.epochs * rows / settings.batch_size))
         return getattr(settings, "iterations", 1)
-
-
-def _last_step(metrics: Path) -> int:
-    """The step of a file of metrics' last whole line; 0 where there is none."""
-    lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def make_plan(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | None = None) -> list[Planned]:

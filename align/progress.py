@@ -45,7 +45,7 @@ class Meter:
             lines = self.path.read_text().splitlines() if self.path.is_file() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             self.path.write_text("".join(line + "\n" for line in kept))
-            self._before = seconds_so_far(self.path)
+            self._before = last_metrics(self.path)["seconds"]
         if start:
             console.print(f"  {self.name}: going on from step {start} of {total}")
         if console.is_terminal:
@@ -96,10 +96,10 @@ def tracked(steps: Iterable[Any], total: int, text: str) -> Iterator[Any]:
     yield from track(steps, text, total=total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def seconds_so_far(metrics: Path) -> float:
-    """Seconds that a stopped stage had worked when it wrote its last metrics."""
+def last_metrics(metrics: Path) -> dict[str, Any]:
+    """The last whole line of a stage's metrics.jsonl, with its step and the seconds so far; both 0 where nothing is written yet."""
     lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
-    return json.loads(lines[-1])["seconds"] if lines else 0.0
+    return json.loads(lines[-1]) if lines else {"step": 0, "seconds": 0.0}
 
 
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # by terminals: controls, and what turns text around

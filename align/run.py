@@ -28,7 +28,7 @@ from align.data.mix import Data, load_data
 from align.data.sources import Source
 from align.errors import AlignError
 from align.plan import CHECKPOINT, MADE_FILES, Planned, make_plan, shared_prompts
-from align.progress import Meter, console, say, seconds_so_far
+from align.progress import Meter, console, last_metrics, say
 from align.recipe import Recipe
 from align.rewards import Reward
 from align.settings import EvaluateSettings, PPOSettings, SampleSettings, Settings, Training
@@ -146,7 +146,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     if planned.again:
         shutil.rmtree(planned.work, ignore_errors=True)
     planned.work.mkdir(parents=True, exist_ok=True)
-    before = seconds_so_far(planned.work / "metrics.jsonl")
+    before = last_metrics(planned.work / "metrics.jsonl")["seconds"]
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     data = planned.data | made_data(stage.name, parents)
     begun = time.monotonic()

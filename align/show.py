@@ -44,10 +44,10 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         "run": "[yellow]run[/]",
         "skip": "skip",
     }
-    for planned in plans:
+    takes = [planned.seconds if planned.state in ("done", "archived") else planned.expected_seconds for planned in plans]
+    for planned, seconds in zip(plans, takes, strict=True):
         parents = ", ".join(parent_names(planned.parents))
         rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
-        seconds = planned.seconds if planned.state in ("done", "archived") else planned.expected_seconds
         table.add_row(
             planned.stage.name,
             parents,
@@ -59,8 +59,8 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
             "not known" if planned.former is None else f"{planned.former.facts['peak_memory_gb']:.2f} GB",
         )
     console.print(table)
-    todo = [p for p in plans if p.state in ("run", "resume")]
-    known = [seconds for p in todo if (seconds := p.expected_seconds) is not None]
+    todo = [seconds for planned, seconds in zip(plans, takes, strict=True) if planned.state in ("run", "resume")]
+    known = [seconds for seconds in todo if seconds is not None]
     if todo:
         cost = (
             f"about {sum(known) / 60:.1f} minutes at the pace of the last run here"

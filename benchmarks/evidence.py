@@ -76,11 +76,9 @@ def draw(artifact: Artifact, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     from align.cli import recipe_main
 
-    run = Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else Path("runs/evidence")
+    run = Path("runs/evidence")
     code = recipe_main(recipe(), None)
     if (run / "overoptimised").is_dir():
         draw(Artifact.open(run / "overoptimised"), run / "overoptimised.png")

@@ -5,7 +5,7 @@
 
 Every measurement is a process of its own, and the ways take turns: one epoch over the same pairs of the HH data (of at most 512
 tokens), optimizer steps of 8, rank-16 adapters on every linear layer, one learning rate. TRL runs with its defaults (float32
-weights, autocast where the processor has bfloat16, checkpointing), and with the best that was found here: the base in the
+weights, autocast where the processor has bfloat16, checkpointing), and with the flags that should suit it best here: the base in the
 processor's own type, no checkpointing, the reference computed once, packing where it has it. Times leave out loading and tokenising,
 and count the reference's pass. That losses and gradients are equal is tested in tests/parity.
 """
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preference/hh_harmless_test_a.jsonl.gz"
-STEP, LONGEST, RATE, ALIKE = 8, 512, 1e-4, ("sft", "reward", "dpo")
+STEP, LONGEST, RATE, KINDS = 8, 512, 1e-4, ("sft", "reward", "dpo")
 
 
 def rows(kind: str, count: int) -> list[dict]:
@@ -137,7 +137,7 @@ def measured(kind: str, way: str, count: int) -> dict:
 def main() -> None:
     """Measure, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=ALIKE, help="one kind of training; repeatable")
+    parser.add_argument("--only", action="append", choices=KINDS, help="one kind of training; repeatable")
     parser.add_argument("--examples", type=int, default=32, help="pairs in the epoch")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
@@ -148,7 +148,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(WAYS[way](kind, options.examples, Path(folder))))
         return
-    found: dict[str, dict[str, list[dict]]] = {kind: {way: [] for way in WAYS} for kind in options.only or ALIKE}
+    found: dict[str, dict[str, list[dict]]] = {kind: {way: [] for way in WAYS} for kind in options.only or KINDS}
     for _ in range(options.repeat):
         for kind, ways in found.items():
             for way, lines in ways.items():

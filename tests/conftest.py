@@ -142,6 +142,16 @@ def data(tmp_path_factory):
     return folder
 
 
+def said(capsys, *arguments):
+    """Exit code, stdout and stderr of `align ARGUMENTS` in this process."""
+    from align.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    streams = capsys.readouterr()
+    return ended.value.code, streams.out, streams.err
+
+
 def read_records(path, kind):
     """All records of a file, through the front door."""
     from align.data.mix import load_data

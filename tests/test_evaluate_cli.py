@@ -2,15 +2,7 @@ import json
 import shutil
 
 import pytest
-
-from align.cli import main
-
-
-def said(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    streams = capsys.readouterr()
-    return ended.value.code, streams.out, streams.err
+from conftest import said
 
 
 def test_policies_of_a_run_are_compared_on_other_prompts(small_run, data, tmp_path, capsys):

@@ -45,12 +45,16 @@ def adapter_folders(artifact: Artifact | None) -> list[Path]:
     return [each.folder / ADAPTER for each in (artifact.chain() if artifact else ()) if each.facts["model"]["form"] != "full"]
 
 
+def default_device() -> str:
+    """Where models are loaded: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_trunk(base: Base, artifact: Artifact | None, dtype: str | None = None) -> tuple[Trunk, Chat]:
     """Load the weights that an artifact stands on, without its adapters, in the processor's native type unless told."""
     location, revision = weights_below(base, artifact)
     with loading_explained(base.source):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        trunk = Trunk.load(location, dtype if dtype == "nf4" else dtype and getattr(torch, dtype), revision, device)
+        trunk = Trunk.load(location, dtype if dtype == "nf4" else dtype and getattr(torch, dtype), revision, default_device())
         chat = Chat.load(location, revision)
     if not trunk.packs:
         say("  note: this model's attention cannot run packed rows exactly, so rows are padded (slower, same results)")

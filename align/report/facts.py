@@ -185,13 +185,14 @@ def _rounds(artifact: Artifact) -> dict[str, Any]:
     metrics = artifact.facts["metrics"]
     training = [{**row, "round": row["step"]} for row in _lines(artifact) if "kl" in row]
     heldout = metrics.get("evaluations") or []
-    rewards = sorted(name for name in (training[0] if training else {}) if name.startswith("score/"))
-    kept = ("round", "kl", "score", "length", *(rewards if len(rewards) > 1 else ()))
+    parts = sorted(name for name in (training[0] if training else {}) if name.startswith("score/"))
+    parts = parts if len(parts) > 1 else []  # one alone is the score
+    kept = ("round", "kl", "score", "length", *parts)
     return {
         "stage": artifact.name,
         "training": [{name: row.get(name) for name in kept} for row in training],
         "heldout": [{name: point.get(name) for name in kept} for point in heldout],
-        "rewards": [name.removeprefix("score/") for name in kept if name in rewards],
+        "rewards": [name.removeprefix("score/") for name in parts],
         "best_round": metrics.get("best_round"),
     }
 

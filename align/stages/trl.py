@@ -52,8 +52,10 @@ def run(job: Job) -> Result:
     model, change = _trained_model(job, trunk, settings.lora)
     data = next(iter(job.data.values()))
     rows, left_out = _rows(job, data, chat)
+    more: dict[str, Any] = {"reward_funcs": _rewards(job, data)} if settings.trainer in BY_REWARD else {}
+    more |= {"teacher_model": _teacher(job)} if settings.trainer in BY_TEACHER else {}
     with _quiet(), bars_of_datasets(False), _refusals_explained(job.name, settings.trainer):
-        trainer = _make_trainer(job, model, _tokenizer(chat), rows, _rewards(job, data))
+        trainer = _make_trainer(job, model, _tokenizer(chat), rows, **more)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         meter = job.meter("loss", "reward", "kl", unit="steps")
@@ -174,8 +176,6 @@ def _longest(row: dict[str, Any], chat: Chat) -> int:
 
 def _rewards(job: Job, data: Data) -> list[Callable]:
     """The recipe's reward functions as TRL calls them."""
-    if not job.rewards:
-        return []
     rows = original_rows(data, range(len(data)))
     prompts = [PromptRow((), record["prompt"], record.get("tools"), rows[i], i) for i, record in enumerate(data.records())]
     functions = []
@@ -194,7 +194,7 @@ def _rewards(job: Job, data: Data) -> list[Callable]:
 # The trainer -------------------------------------------------------------------------------------------------------------------
 
 
-def _make_trainer(job: Job, model: PeftModel, tokenizer: Any, rows: datasets.Dataset, rewards: list[Callable]) -> Any:
+def _make_trainer(job: Job, model: PeftModel, tokenizer: Any, rows: datasets.Dataset, **more: Any) -> Any:
     settings: TRLSettings = job.settings
     module = module_of(settings.trainer)
     config = getattr(importlib.import_module(module), f"{settings.trainer}Config")
@@ -208,10 +208,7 @@ def _make_trainer(job: Job, model: PeftModel, tokenizer: Any, rows: datasets.Dat
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    given = {"model": model, "args": arguments, "train_dataset": rows, "processing_class": tokenizer}
-    given |= {"reward_funcs": rewards} if settings.trainer in BY_REWARD else {}
-    given |= {"teacher_model": _teacher(job)} if settings.trainer in BY_TEACHER else {}
-    return trainer(**given)
+    return trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, **more)
 
 
 def _teacher(job: Job) -> Any:
