@@ -49,10 +49,18 @@ from align.cli import main
 try:
     main({arguments!r})
 except SystemExit as stop:
-    print("code", stop.code, sorted({{"torch", "transformers", "peft", "rich", "matplotlib"}} & set(sys.modules)))
+    print("code", stop.code, sorted({{"torch", "transformers", "pydantic", "rich", "matplotlib"}} & set(sys.modules)))
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("code 0 []\n")
+
+
+def test_every_public_name_is_there_and_no_other():
+    import align as package
+
+    assert {name for name in dir(package) if getattr(package, name) is None} == set()
+    with pytest.raises(AttributeError, match="has no attribute 'Recipes'"):
+        package.Recipes  # noqa: B018
 
 
 def test_the_help_of_a_recipe_lists_every_setting_of_every_stage(script, tmp_path):
