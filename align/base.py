@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from align.errors import AlignError
 
@@ -107,27 +107,41 @@ def file_sha256(path: Path) -> str:
     if stat.st_size < 1 << 24:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    memory_file = cache_folder() / "hashes.json"
-    try:
-        memory = json.loads(memory_file.read_text())
-    except (OSError, ValueError):
-        memory = {}
-    if key not in memory:
+    known = cached_facts("hashes.json")
+    if key not in known:
         with path.open("rb") as file:
-            memory[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        memory_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory_file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(memory, indent=1))
-        temporary.replace(memory_file)
-    return memory[key]
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        keep_fact("hashes.json", key, known[key])
+    return known[key]
+
+
+def cached_facts(name: str) -> dict[str, Any]:
+    """What a file of the cache folder holds; nothing where it is missing or damaged."""
+    try:
+        return dict(json.loads((cache_folder() / name).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def keep_fact(name: str, key: str, value: Any) -> None:
+    """Add to a file of the cache folder. Of two processes at the same time one may lose its fact, which is found anew."""
+    file = cache_folder() / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({**cached_facts(name), key: value}, indent=1))
+    temporary.replace(file)
+
+
+def converted_folder(base: Base) -> Path:
+    """Where a .gguf file's safetensors are, or will be once it has been converted."""
+    return cache_folder() / f"{Path(base.location).stem}-{base.identity.removeprefix('gguf:')[:16]}"
 
 
 def local_model(base: Base) -> str:
     """What `from_pretrained` takes for this base. A .gguf file is converted to safetensors once and cached."""
     if base.kind != "gguf":
         return base.location
-    digest = base.identity.removeprefix("gguf:")[:16]
-    target = cache_folder() / f"{Path(base.location).stem}-{digest}"
+    target = converted_folder(base)
     if not target.is_dir():
         _convert_gguf(Path(base.location), target)
     return str(target)

@@ -14,7 +14,6 @@ from align.errors import AlignError
 from align.files import shipped_file
 from align.handles import BASE
 from align.judge.open import judge_identity
-from align.progress import last_metrics
 from align.recipe import Recipe, Stage
 from align.records import Kind
 from align.settings import MeasuredJudge, PPOSettings, Training
@@ -50,15 +49,6 @@ class Planned:
     def seconds(self) -> float | None:
         """How long the stage took when it last ran here, whatever its settings were."""
         return self.former.facts["seconds"] if self.former else None
-
-    @property
-    def expected_seconds(self) -> float | None:
-        """How long what is left of it would take at the pace of the last time: training and PPO by their steps, others as they took."""
-        if self.former is None or not isinstance(self.stage.settings, Training | PPOSettings) or self.steps is None:
-            return self.seconds
-        before = last_metrics(self.former.folder / "metrics.jsonl")["step"]
-        done = last_metrics(self.work / "metrics.jsonl")["step"] if self.state == "resume" else 0
-        return self.former.facts["seconds"] * max(0, self.steps - done) / before if before else self.seconds
 
     @property
     def steps(self) -> int | None:

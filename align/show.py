@@ -14,6 +14,8 @@ from rich.table import Table
 
 from align.artifact import FACTS, Artifact
 from align.errors import AlignError
+from align.memory import estimates
+from align.pace import expected_seconds
 from align.plan import PARTIAL, Planned
 from align.progress import console, printable
 from align.recipe import Recipe
@@ -44,7 +46,8 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
         "run": "[yellow]run[/]",
         "skip": "skip",
     }
-    takes = [planned.seconds if planned.state in ("done", "archived") else planned.expected_seconds for planned in plans]
+    takes = [planned.seconds if planned.state in ("done", "archived") else expected_seconds(planned, recipe.dtype) for planned in plans]
+    expected = estimates(plans, recipe.dtype)
     for planned, seconds in zip(plans, takes, strict=True):
         parents = ", ".join(parent_names(planned.parents))
         rows = ", ".join(f"{len(data):,} {role}" for role, data in planned.data.items())
@@ -56,20 +59,28 @@ def show_plan(recipe: Recipe, plans: list[Planned], run: Path) -> None:
             words[planned.state],
             escape(planned.reason),
             "not known" if seconds is None else f"{seconds:.0f} s",
-            "not known" if planned.former is None else f"{planned.former.facts['peak_memory_gb']:.2f} GB",
+            _memory(planned, expected),
         )
     console.print(table)
     todo = [seconds for planned, seconds in zip(plans, takes, strict=True) if planned.state in ("run", "resume")]
     known = [seconds for seconds in todo if seconds is not None]
     if todo:
         cost = (
-            f"about {sum(known) / 60:.1f} minutes at the pace of the last run here"
+            f"about {sum(known) / 60:.1f} minutes at this machine's pace of the last time"
             if len(known) == len(todo)
-            else "time not known before the first run"
+            else "time not known before such stages have run on this machine"
         )
         console.print(f"{len(todo)} of {len(plans)} stages would run; {cost}.")
     else:
         console.print("Nothing to do: every stage is done.")
+
+
+def _memory(planned: Planned, expected: Mapping[str, float]) -> str:
+    """The peak that was measured, of a stage that is done; else what is estimated, or what the stage took with other settings."""
+    measured = f"{planned.former.facts['peak_memory_gb']:.2f} GB" if planned.former else "not known"
+    if planned.state in ("done", "archived") or planned.stage.name not in expected:
+        return measured
+    return f"about {expected[planned.stage.name] / 1e9:.1f} GB"
 
 
 def read_listing(run: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from processes import align, start
 from align.artifact import FACTS, Artifact
 from align.plan import make_plan
 from align.run import _write_listing
-from align.show import show_plan
 
 STAGES = ("sft", "reward", "dpo", "ppo", "evaluate")
 KEPT = {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "probes.json", "results.json", "samples.jsonl"}
@@ -237,19 +236,6 @@ def test_a_plan_says_why_each_stage_would_run(planned):
     assert plan["dpo"][1] == "changed: policy sft"
     assert plan["ppo"][1] == "changed: policy sft, reward_model reward"
     assert plan["evaluate"][1].startswith("changed: max_new_tokens 12 -> 5, policies.1 sft")
-
-
-def test_a_plan_expects_the_pace_of_the_last_time(tiny_base, data, finished, capsys):
-    recipe = small_recipe(tiny_base, data)
-    recipe.override("ppo.iterations=9")  # three times as many rounds
-    plans = {planned.stage.name: planned for planned in make_plan(recipe, finished)}
-    took = {name: plan.former.facts["seconds"] for name, plan in plans.items()}
-    assert plans["ppo"].expected_seconds == pytest.approx(3 * took["ppo"])
-    assert plans["evaluate"].expected_seconds == took["evaluate"]
-    show_plan(recipe, list(plans.values()), finished)
-    shown = capsys.readouterr().out
-    minutes = (3 * took["ppo"] + took["evaluate"]) / 60
-    assert f"2 of 5 stages would run; about {minutes:.1f} minutes at the pace of the last run here." in " ".join(shown.split())
 
 
 def test_a_plan_claims_no_steps_for_rows_that_another_stage_makes(tiny_base, data, tmp_path):

@@ -1,0 +1,241 @@
+"""How much memory a stage will hold at most, from the base's shape and the stage's settings, before anything is loaded.
+
+Of a processor's memory: on a machine with a GPU nothing is estimated. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from rich.markup import escape
+
+from align.base import Base, converted_folder
+from align.errors import AlignError
+from align.plan import Planned
+from align.progress import say
+from align.settings import EvaluateSettings, Lora, Optimiser, PPOSettings, SampleSettings, Training
+
+PROCESS = 0.45e9  # Python with torch, transformers, peft and datasets imported
+TRAINED = 16  # bytes of a trained number: itself, its gradient and AdamW's two means, all float32
+SIDE_BY_SIDE = 128  # sequences that are decoded at one time (align.model.generate.SEQUENCES)
+MARGIN = 1.25  # an estimate may be this far off
+PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
+KEPT = {4: 1.55, 2: 2.7}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a base decides its memory: widths in numbers, and the linear layers of all blocks by their last name."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    vocabulary: int
+    parameters: int
+    linear: tuple[tuple[str, int, int], ...]  # name, numbers in, numbers out
+
+    def adapter(self, lora: Lora) -> int:
+        """Numbers in an adapter."""
+        mine = [(n, m) for name, n, m in self.linear if isinstance(lora.targets, str) or name in lora.targets]
+        return sum(lora.rank * (n + m) + (m if lora.dora else 0) for n, m in mine)
+
+    def activations(self, ranks: int, itemsize: int) -> float:
+        """Bytes that a training step holds for each token of its row.
+
+        Its graph keeps, a layer, both norms' inputs and outputs, queries, keys, values and what attention makes of them, the four
+        widths of the gated product, and each adapter's middle; in bfloat16 both norms' inputs in float32 too: counted by hooks on
+        the saved tensors (SmolLM2: 40 kB a layer in float32, 22.5 in bfloat16). Resident memory grows by more, KEPT times that:
+        glibc's allocator leaves a hole behind nearly every temporary.
+        """
+        kept = 4 * self.hidden + 2 * self.queries + 4 * self.intermediate + 2 * self.keys + ranks
+        graph = self.layers * (itemsize * kept + (4 * self.hidden if itemsize == 2 else 0))
+        return KEPT[itemsize] * graph
+
+
+def shape_of(base: Base) -> Shape | None:
+    """The shape of a base in the usual layout; none where it isn't on this machine yet or is laid out in another way."""
+    folder = Path(base.location)
+    if base.kind == "gguf":
+        folder = converted_folder(base)
+        if not folder.is_dir():
+            return None
+    if base.kind == "hub":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(base.location, revision=base.revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError):
+            return None
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config = {**config, **config.get("text_config", {})}
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        tensors = _tensors(folder)
+        return Shape(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            config["intermediate_size"],
+            heads * size,
+            config.get("num_key_value_heads", heads) * size,
+            config["vocab_size"],
+            sum(prod(shape) for _, shape in tensors),
+            tuple((name.split(".")[-2], s[1], s[0]) for name, s in tensors if len(s) == 2 and any(p.isdigit() for p in name.split("."))),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tensors(folder: Path) -> list[tuple[str, list[int]]]:
+    """Names and shapes of a folder's weights, from the files' headers."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found += [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    return found
+
+
+def estimates(plans: Sequence[Planned], dtype: str | None) -> dict[str, float]:
+    """Peak resident memory of stages in bytes, by name; stages of which nothing is known are left out.
+
+    Args:
+        plans: a whole recipe's, in its order.
+        dtype: of the recipe; none for what the processor computes in.
+    """
+    shape = shape_of(plans[0].base) if plans and not _has_gpu() else None
+    if shape is None:
+        return {}
+    stacks: dict[str, dict[str, Lora]] = {}  # stage -> the adapters that its result is stacked of, each by the stage that made it
+    found = {}
+    for planned in plans:
+        name, settings = planned.stage.name, planned.stage.settings
+        parents = [stacks.get(parent["name"], {}) if parent else {} for parent in planned.parents.values()]
+        own = getattr(settings, "lora", None)
+        stacks[name] = {**(parents[0] if parents else {}), **({name: own} if own else {})}
+        peak = _peak(shape, planned, list(stacks[name].values()), dtype)
+        if peak is not None:
+            below = {maker: lora for stack in parents for maker, lora in stack.items()}
+            found[name] = PROCESS + peak + 4 * sum(map(shape.adapter, below.values()))
+    return found
+
+
+def _peak(shape: Shape, planned: Planned, stack: Sequence[Lora], dtype: str | None) -> float | None:
+    """Bytes of a stage's weights and of what it does with them; none for kinds of which nothing is known."""
+    settings = planned.stage.settings
+    itemsize = 2 if _computes_in_bfloat16(dtype) else 4
+    if isinstance(settings, Training) and settings.lora is None:
+        return _weights(shape, "float32", 4) + _training(shape, settings, stack, 4)
+    weights = _weights(shape, dtype, itemsize)
+    if isinstance(settings, Training):
+        return weights + _training(shape, settings, stack, itemsize)
+    if isinstance(settings, PPOSettings):
+        return weights + _ppo(shape, settings, stack, itemsize)
+    if isinstance(settings, EvaluateSettings):
+        each = max(settings.samples_per_prompt, settings.best_of or 0)
+        return weights + _sampling(shape, each * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
+    if isinstance(settings, SampleSettings):
+        return weights + _sampling(shape, settings.completions_per_prompt * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
+    return None
+
+
+def _weights(shape: Shape, dtype: str | None, itemsize: int) -> float:
+    """Bytes of the base. In four bits: half a byte and a scale for every 64 of a linear layer's numbers."""
+    linear = sum(n * m for _, n, m in shape.linear)
+    return (shape.parameters - linear) * itemsize + linear * 0.52 if dtype == "nf4" else shape.parameters * itemsize
+
+
+def _training(shape: Shape, settings: Training, stack: Sequence[Lora], itemsize: int) -> float:
+    """What is trained, and the activations of a row."""
+    trained = shape.adapter(settings.lora) if settings.lora else shape.parameters
+    return trained * TRAINED + _row(shape, settings, settings.batch_size * settings.max_length, stack, itemsize)
+
+
+def _ppo(shape: Shape, settings: PPOSettings, stack: Sequence[Lora], itemsize: int) -> float:
+    """The policy's adapter and the value's, one row's activations at a time, and the sequences that are sampled."""
+    trained = shape.adapter(stack[-1]) * (2 if settings.has_value else 1)
+    sequences = settings.prompts_per_iteration * settings.completions_per_prompt
+    each = settings.max_new_tokens + min(settings.max_prompt_tokens, PROMPT) / settings.completions_per_prompt
+    row = _row(shape, settings, sequences * each / settings.minibatches, stack, itemsize)
+    merged = settings.merged_sampler and settings.sampler == "local"
+    return trained * TRAINED + row + _sampling(shape, sequences, settings.max_new_tokens, itemsize, merged)
+
+
+def _row(shape: Shape, settings: Optimiser, most: float, stack: Sequence[Lora], itemsize: int) -> float:
+    """Bytes of a row's activations; `most` are the tokens of a whole step, where that is less than a row."""
+    ranks = sum(lora.rank for lora in stack) * len(shape.linear) // shape.layers
+    held = shape.activations(ranks, itemsize)
+    if settings.gradient_checkpointing:  # one layer's at a time, and what goes into each
+        held = held / shape.layers + shape.layers * shape.hidden * itemsize
+    return min(settings.row_tokens, most) * held
+
+
+def _sampling(shape: Shape, sequences: int, max_new_tokens: int, itemsize: int, merged: bool = True) -> float:
+    """The copy that samples, keys and values, and the logits of a step with what a draw makes of them."""
+    going = min(sequences, SIDE_BY_SIDE)
+    copy = sum(n * m for _, n, m in shape.linear) * itemsize if merged else 0
+    cache = going * (PROMPT + max_new_tokens) * shape.layers * 2 * shape.keys * itemsize
+    return copy + cache + going * shape.vocabulary * 16
+
+
+def _computes_in_bfloat16(dtype: str | None) -> bool:
+    """Whether activations are bfloat16: where the recipe says so, and else where the processor does."""
+    if dtype in ("bfloat16", "float32"):
+        return dtype == "bfloat16"
+    with suppress(OSError):
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16|amx_tile)\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+def available_memory() -> float | None:
+    """Bytes that a process may take before the system must kill one: free memory and swap, within a container's limit (Linux)."""
+    with suppress(OSError, KeyError):
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(float(rows[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+        return min(free, _left_of_limit(Path("/sys/fs/cgroup")))
+    return None
+
+
+def _left_of_limit(group: Path) -> float:
+    """What is left of the container's allowance; files that are merely cached can go."""
+    with suppress(OSError, ValueError, KeyError):
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()) + float(kept["inactive_file"])
+    return float("inf")
+
+
+def check_memory(plans: Sequence[Planned], dtype: str | None) -> None:
+    """Before anything is loaded: warn of a stage that may need more memory than there is, and refuse one that does by far.
+
+    Raises:
+        AlignError: with the stage, what it needs, what there is, and the settings that need less.
+    """
+    there, needed = available_memory(), estimates(plans, dtype)
+    for planned in plans:
+        name, settings = planned.stage.name, planned.stage.settings
+        if there is None or planned.state not in ("run", "resume") or needed.get(name, 0) <= there:
+            continue
+        rows = getattr(settings, "row_tokens", 0)
+        cures = [f"--set {name}.row_tokens={rows // 2}"] if rows > 256 else []
+        cures += [f"--set {name}.gradient_checkpointing=true"] if getattr(settings, "gradient_checkpointing", None) is False else []
+        cures += ["--set recipe.quantize=nf4"] if dtype != "nf4" and getattr(settings, "lora", True) else []
+        problem = (
+            f"{name}: needs about {needed[name] / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free. "
+            f"Close other programs, or have it need less: {', '.join(cures) or 'take a smaller base'}."
+        )
+        if needed[name] > MARGIN * there:
+            raise AlignError(problem)
+        say(f"[yellow]{escape(problem)}[/]")
