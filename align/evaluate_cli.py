@@ -41,8 +41,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """Declare the stage on the run's artifacts, run it and show its table; or have the harness measure a policy.
 
     Raises:
-        AlignError: where the run has no such policy or no reward model.
+        AlignError: where the run has no such policy or no reward model, or an option belongs to the other kind of measuring.
     """
+    _refuse_what_would_be_ignored(options)
     if options.tasks:
         from align.harness import run_tasks, tasks_table
 
@@ -64,6 +65,15 @@ def run_evaluate(options: argparse.Namespace) -> None:
         recipe.override(f"{NAME}.{text}")
     out = recipe.run(options.out or options.run / "evaluations" / Path(options.prompts).name.split(".")[0])
     show_results(out, [NAME])
+
+
+def _refuse_what_would_be_ignored(options: argparse.Namespace) -> None:
+    of_tasks, of_prompts = ("include", "limit"), ("policies", "reward", "held_out", "set")
+    given = [name for name in (of_prompts if options.tasks else of_tasks) if getattr(options, name)]
+    if given:
+        other, mine = ("--prompts", "--tasks") if options.tasks else ("--tasks", "--prompts")
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise AlignError(f"{names}: goes with {other}, and is nothing to {mine}. Leave it out, or measure one after the other.")
 
 
 def _named(made: Sequence[Artifact], kind: str, names: Sequence[str] | None, run: Path) -> list[Artifact]:

@@ -40,7 +40,10 @@ PROBE_TOKENS = 24
 
 @dataclass(frozen=True)
 class Change:
-    """How far exported weights are from the policy as it was trained, on a few prompts: the largest differences, natural logarithms."""
+    """How far exported weights are from the policy as it was trained, on a few prompts: the largest differences, natural logarithms.
+
+    Both are run in float32, so it is the weights that differ.
+    """
 
     logit: float
     logprob: float
@@ -129,9 +132,10 @@ def write_merged(artifact: Artifact, folder: Path, dtype: str) -> Change | None:
             raise AlignError(f"{artifact.folder}: an adapter is on tied weights, which cannot take it. Use --to adapter.")
         merged = trunk.merged_copy()
         trunk.merge_into(merged, role)
-    merged = merged.to(getattr(torch, dtype))
     if role.adapters:
+        merged = merged.to(getattr(torch, dtype)).float()  # what the file will hold, run as the stack is
         change = largest_change(trunk, role, merged, chat)
+    merged = merged.to(getattr(torch, dtype))
     merged.set_attn_implementation(trunk.own_attention)
     merged.generation_config = generation_config(chat)
     merged.save_pretrained(folder)

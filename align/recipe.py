@@ -46,6 +46,7 @@ from align.trl_settings import BY_REWARD, BY_TEACHER, ROWS, settings_of
 
 DTYPES = ("bfloat16", "float32", "nf4")
 RESERVED = ("base", "recipe", "archive", "tracker")  # names that a stage may not have: the run's folder or --set uses them
+TEACHER = "teacher_model_name_or_path"  # TRL's own name for a teacher that is no artifact
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -213,10 +214,8 @@ class Recipe:
             raise AlignError(f"{name}: TRL's {trainer} trainer takes no reward; {' and '.join(BY_REWARD)} do.")
         inputs = {"policy": (policy, Policy)}
         if trainer in BY_TEACHER:
-            if (teacher is None) == ("teacher_model_name_or_path" not in settings):
-                raise AlignError(
-                    f"{name}: TRL's {trainer} trainer learns from one teacher: give teacher=POLICY, or teacher_model_name_or_path."
-                )
+            if (teacher is None) == (TEACHER not in settings):
+                raise AlignError(f"{name}: TRL's {trainer} trainer learns from one teacher: give teacher=POLICY, or {TEACHER}.")
             inputs |= {} if teacher is None else {"teacher": (teacher, Policy)}
         elif teacher is not None:
             raise AlignError(f"{name}: TRL's {trainer} trainer takes no teacher; {' and '.join(BY_TEACHER)} does.")
@@ -396,6 +395,10 @@ class Recipe:
             inputs = {role: given for role, given in stage.inputs.items() if role != rest[0]}
             self.stages[name] = replace(stage, data=data, inputs=inputs)
         else:
+            if rest[0] == TEACHER and "teacher" in stage.inputs:
+                raise AlignError(
+                    f"--set {text}: {name} has a teacher already, {stage.inputs['teacher'].name}. Take it out of the recipe first."
+                )
             self.stages[name] = replace(stage, settings=replace_in(stage.settings, rest, value, name))
         return None
 

@@ -33,7 +33,9 @@ if __name__ == "__main__":
     expected = estimates(make_plan(recipe, RUN), None)
     options = [f"--set={override}" for override in SHORT]
     for stage in STAGES:
-        subprocess.run([sys.executable, "recipes/quickstart.py", f"--out={RUN}", f"--only={stage}", f"--from={stage}", *options], check=True)
+        subprocess.run(
+            [sys.executable, "recipes/quickstart.py", f"--out={RUN}", f"--only={stage}", f"--from={stage}", *options], check=True
+        )
     peaks = {stage: Artifact.open(RUN / stage).facts["peak_memory_gb"] for stage in STAGES}
     for stage, peak in peaks.items():
         about = expected[stage] / 1e9

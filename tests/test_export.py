@@ -144,8 +144,8 @@ def test_a_converter_that_cannot_be_fetched_says_what_to_do(small_run, tmp_path,
 @pytest.mark.slow
 def test_the_real_model_exports_in_every_form(smollm2, tmp_path):
     recipe = Recipe("real", base="embedded")
-    sft = recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.3)
-    recipe.dpo(policy=sft, preferences=Path("datasets/preferences.jsonl"), epochs=0.1)
+    sft = recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.3, max_heldout=4)
+    recipe.dpo(policy=sft, preferences=Path("datasets/preferences.jsonl"), epochs=0.1, max_heldout=4)
     run = recipe.run(tmp_path / "run")
     artifact = Artifact.open(run / "dpo")
     for form in ("adapter", "merged"):

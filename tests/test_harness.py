@@ -61,6 +61,23 @@ def test_a_task_that_is_not_known_is_a_message(small_run, capsys):
     assert "--tasks: the harness knows no task 'colors'. See them all: lm-eval ls tasks." in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tasks", "colours", "--policies", "sft"], "--policies: goes with --prompts, and is nothing to --tasks."),
+        (["--tasks", "colours", "--set", "best_of=4", "--reward", "reward"], "--reward and --set: goes with --prompts"),
+        (
+            ["--prompts", "mine.jsonl", "--limit", 2, "--include", "."],
+            "--include and --limit: goes with --tasks, and is nothing to --prompts.",
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(small_run, capsys, arguments, told):
+    code, _, err = said(capsys, "evaluate", small_run, *arguments)
+    assert code == 2
+    assert told in err
+
+
 def test_data_that_cannot_be_fetched_is_a_message(small_run, tasks, tmp_path, capsys):
     (tmp_path / "colours.jsonl").unlink()
     code, _, err = said(capsys, "evaluate", small_run / "sft", "--tasks", "colours", "--include", tasks, "--out", tmp_path / "found.json")

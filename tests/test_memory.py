@@ -10,7 +10,7 @@ from align.base import find_base
 from align.errors import AlignError
 from align.model.forward import forward
 from align.model.packing import Example, make_row
-from align.model.trunk import Role, Trunk
+from align.model.trunk import Role
 from align.plan import make_plan
 from align.show import show_plan
 

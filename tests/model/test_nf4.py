@@ -106,7 +106,7 @@ def test_the_real_model_in_four_bits(smollm2, tmp_path):
     losses = {}
     for quantize in (None, "nf4"):
         recipe = Recipe("real", base="embedded", quantize=quantize)
-        recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.5)
+        recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.25)
         losses[quantize] = Artifact.open(recipe.run(tmp_path / str(quantize)) / "sft").facts["metrics"]
     assert losses["nf4"]["heldout_loss"] < losses["nf4"]["heldout_loss_before"]
     assert losses["nf4"]["heldout_loss"] == pytest.approx(losses[None]["heldout_loss"], abs=0.25)

@@ -195,6 +195,13 @@ def test_mistakes_are_told_where_the_recipe_is_declared(tiny_base, data, given, 
         recipe.trl(data=data / "preferences.jsonl", **given)
 
 
+def test_a_second_teacher_is_refused(tiny_base, data):
+    recipe = Recipe("bad", base=str(tiny_base))
+    recipe.trl(trainer="Distillation", data=data / "prompts.jsonl", teacher=recipe.base)
+    with pytest.raises(AlignError, match="distillation has a teacher already, base. Take it out of the recipe first"):
+        recipe.override("distillation.teacher_model_name_or_path=some/model")
+
+
 def test_what_trl_refuses_is_told_with_the_stage(tiny_base, data, tmp_path):
     recipe = Recipe("bad", base=str(tiny_base), dtype="float32")
     recipe.trl(trainer="RLOO", data=data / "prompts.jsonl", reward=says_less, num_generations=3, per_device_train_batch_size=4)
@@ -249,8 +256,15 @@ def test_every_setting_that_is_read_from_the_source_is_the_config_s(trainer):
 @pytest.mark.slow
 def test_kto_and_rloo_on_the_real_model(smollm2, shared_data, tmp_path):
     recipe = Recipe("real", base="embedded")
-    sft = recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.2)
-    kto = recipe.trl(trainer="KTO", policy=sft, data=shared_data / "preference" / "kto_en_demo.json", max_steps=2, max_length=256)
+    sft = recipe.sft(data=Path("datasets/chat.jsonl"), epochs=0.2, max_heldout=4)
+    kto = recipe.trl(
+        trainer="KTO",
+        policy=sft,
+        data=shared_data / "preference" / "kto_en_demo.json",
+        max_steps=2,
+        max_length=256,
+        per_device_train_batch_size=4,
+    )
     rloo = recipe.trl(
         trainer="RLOO",
         policy=kto,
@@ -261,7 +275,7 @@ def test_kto_and_rloo_on_the_real_model(smollm2, shared_data, tmp_path):
         per_device_train_batch_size=4,
         max_completion_length=16,
     )
-    dpo = recipe.dpo(policy=rloo, preferences=Path("datasets/preferences.jsonl"), epochs=0.1)
+    dpo = recipe.dpo(policy=rloo, preferences=Path("datasets/preferences.jsonl"), epochs=0.1, max_heldout=4)
     execute(recipe, tmp_path / "run")
     assert [a.name for a in Artifact.open(tmp_path / "run" / dpo.name).chain()] == ["rloo", "dpo"]
     for name in ("kto", "rloo"):
