@@ -23,7 +23,7 @@ class Watch:
     first_entropy: float | None = None
     widest: float = 0.0  # largest spread of a round's scores
     explained: list[float] = field(default_factory=list)  # explained variance of the last rounds
-    told: dict[str, int] = field(default_factory=dict)  # sign -> the round in which it was told
+    told: dict[str, str] = field(default_factory=dict)  # sign -> the round in which it was told, and what
 
     def look(self, round_number: int, metrics: dict[str, float], settings: PPOSettings) -> list[str]:
         """What to tell the user after a round, numbered from 1."""
@@ -33,7 +33,7 @@ class Watch:
             self.explained = [*self.explained, metrics["explained_variance"]][-RECENT:]
         signs = self._signs(round_number, metrics, settings)
         new = {sign: text for sign, text in signs.items() if text and sign not in self.told}
-        self.told |= dict.fromkeys(new, round_number)
+        self.told |= {sign: f"round {round_number}: {text}" for sign, text in new.items()}
         return list(new.values())
 
     def _signs(self, round_number: int, metrics: dict[str, float], settings: PPOSettings) -> dict[str, str]:

@@ -91,7 +91,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], x: str) -> Markup:
 
 def chain(stages: Sequence[Mapping[str, Any]]) -> Markup:
     """The recipe as boxes from left to right, each stage after those it was made from."""
-    depth: dict[str, int] = {"base": 0}
+    depth = {"base": 0} if any("base" in stage["parents"] for stage in stages) else {}
     for stage in stages:
         depth[stage["name"]] = 1 + max((depth.get(parent, 0) for parent in stage["parents"]), default=0)
     columns: dict[int, list[str]] = {}
@@ -106,14 +106,15 @@ def chain(stages: Sequence[Mapping[str, Any]]) -> Markup:
     for at, names in columns.items():
         top = over + (height - over - (len(names) * (tall + space) - space)) / 2
         corner |= {name: (2 + at * (box + gap), top + i * (tall + space)) for i, name in enumerate(names)}
-    parts = [f'<svg class="chain" style="min-width:{width}px" viewBox="0 0 {width} {height}" role="img" aria-label="the recipe">']
+    style = f"min-width:{width}px;max-width:{1.4 * width:.0f}px"  # readable on a phone, and few boxes are not blown up
+    parts = [f'<svg class="chain" style="{style}" viewBox="0 0 {width} {height}" role="img" aria-label="the recipe">']
     for stage in stages:
         for parent in stage["parents"]:
             if parent in corner:
                 (a, b), (c, d) = corner[parent], corner[stage["name"]]
                 if depth[stage["name"]] - depth[parent] > 1:
-                    a, c = a + box - 24, c + 24
-                    parts.append(f'<path class="edge" d="M{a},{b} C{a},{b - 38} {c},{d - 38} {c},{d}"/>')
+                    a, c, above = a + box - 24, c + 24, min(b, d) - 38
+                    parts.append(f'<path class="edge" d="M{a},{b} C{a},{above} {c},{above} {c},{d}"/>')
                     continue
                 a, b, d = a + box, b + tall / 2, d + tall / 2
                 middle = (a + c) / 2

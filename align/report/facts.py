@@ -97,7 +97,7 @@ def _stage(run: Path, name: str, artifact: Artifact | None) -> dict[str, Any]:
         "peak_gb": facts["peak_memory_gb"],
         "key": [_key(facts["metrics"], *each) for each in KEY.get(facts["stage"], ()) if _is_number(facts["metrics"].get(each[0]))],
         "settings": _changed(facts),
-        "warnings": list(facts["checks"].get("warnings") or []),
+        "warnings": list((facts["checks"].get("warnings") or {}).values()),
         "identity": artifact.identity,
         "created": facts["created"],
     }

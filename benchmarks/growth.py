@@ -1,0 +1,122 @@
+"""SFT's time per token and peak memory as the data and the row budget grow, for each base. Writes runs/growth.png.
+
+    python benchmarks/growth.py                                      some 10 minutes on two cores with bfloat16, 40 without
+    python benchmarks/growth.py --base embedded --base gemma.gguf    several bases
+    python benchmarks/growth.py --only data --json
+
+Every measurement is a process of its own on made-up conversations of one length, a row to an optimizer step. Time per token is the
+median step's, the first left out; memory is the process's peak, reading and tokenising included.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+EXAMPLES, BUDGETS = (100, 1_000, 10_000, 100_000), (256, 512, 1024, 2048, 4096, 8192)
+ROW, TOKENS, WORDS = 1024, 4096, 40  # the row budget while the data grow; tokens that a measurement trains on at least; words of an answer
+STEPS = 4  # at least, of which the first is left out
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Conversations of the same number of common words, no two alike."""
+    words = sorted(set(Path("datasets/chat.jsonl").read_text().lower().split()) & set(Path("datasets/prompts.jsonl").read_text().split()))
+    words, draw = [word for word in words if word.isalpha()], random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            row = {"prompt": f"Number {number:06d}: say some words.", "completion": " ".join(draw.choices(words, k=WORDS))}
+            file.write(json.dumps(row) + "\n")
+
+
+def measure(base: str, examples: int, row_tokens: int, folder: Path) -> dict:
+    """One short SFT run."""
+    from align import Recipe
+    from align.artifact import Artifact
+    from align.base import find_base, local_model
+    from align.chat import Chat
+
+    chat = Chat.load(local_model(find_base(base)))
+    write_rows(folder / "rows.jsonl", examples)
+    row = json.loads((folder / "rows.jsonl").open().readline())
+    each = len(chat.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])) + len(
+        chat.tokenizer(row["completion"])["input_ids"]
+    )
+    batch = max(1, min(row_tokens // (each + 8), examples // STEPS))  # 8 tokens to spare, for words differ
+    steps = max(STEPS, TOKENS // row_tokens)
+    recipe = Recipe("growth", base=base)
+    recipe.sft(
+        data=folder / "rows.jsonl",
+        batch_size=batch,
+        epochs=(steps + 0.5) * batch / examples,
+        row_tokens=row_tokens,
+        max_length=max(row_tokens, 256),
+        holdout=0.0,
+        save_every=10_000,
+    )
+    run = recipe.run(folder / "run")
+    seconds = [json.loads(line)["seconds"] for line in (run / "sft" / "metrics.jsonl").read_text().splitlines()]
+    taken = [after - before for before, after in itertools.pairwise(seconds)]
+    return {
+        "milliseconds_a_token": 1000 * statistics.median(taken) / (batch * each),
+        "gb": Artifact.open(run / "sft").facts["peak_memory_gb"],
+    }
+
+
+def draw(found: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row", squeeze=False)
+    names = {"milliseconds_a_token": "milliseconds a token", "gb": "peak memory, GB"}
+    for column, (kind, label) in enumerate((("examples", "examples in the data"), ("row_tokens", "tokens in a row"))):
+        for place, (measured, name) in enumerate(names.items()):
+            axis = axes[place][column]
+            for base in dict.fromkeys(each["base"] for each in found):
+                points = [each for each in found if each["base"] == base and each["grows"] == kind]
+                axis.plot([p[kind] for p in points], [p[measured] for p in points], marker="o", label=Path(base).stem[:24])
+            axis.set_xscale("log", base=10 if kind == "examples" else 2)
+            axis.set_ylim(bottom=0)
+            axis.set(xlabel=label, ylabel=name)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", action="append", help="a base; repeatable (default: embedded)")
+    parser.add_argument("--only", choices=("data", "rows"), help="grow only the data, or only the rows")
+    parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
+    parser.add_argument("--measure", nargs=3, metavar=("BASE", "EXAMPLES", "ROW"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        base, examples, row_tokens = options.measure
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(base, int(examples), int(row_tokens), Path(folder))))
+        return
+    wanted = [("examples", count, ROW) for count in EXAMPLES] if options.only != "rows" else []
+    wanted += [("row_tokens", 1_000, budget) for budget in BUDGETS] if options.only != "data" else []
+    found = []
+    for base in options.base or ["embedded"]:
+        for grows, examples, row_tokens in wanted:
+            command = [sys.executable, __file__, "--measure", base, str(examples), str(row_tokens)]
+            ended = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append(
+                {"base": base, "grows": grows, "examples": examples, "row_tokens": row_tokens, **json.loads(ended.stdout.splitlines()[-1])}
+            )
+            cost = f"{found[-1]['milliseconds_a_token']:.2f} ms a token, {found[-1]['gb']:.2f} GB"
+            print(f"{base}, {examples:,} examples, rows of {row_tokens}: {cost}", file=sys.stderr, flush=True)
+    Path("runs").mkdir(exist_ok=True)
+    draw(found, Path("runs/growth.png"))
+    print(json.dumps(found, indent=1) if options.json else "written to runs/growth.png")
+
+
+if __name__ == "__main__":
+    main()
