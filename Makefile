@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: install install-dev demo test lint fast
+.PHONY: install install-dev demo test lint fast bench
 
 install: .venv/.installed  ## a virtual environment in .venv with the `align` command
 
@@ -27,6 +27,10 @@ test: fast  ## all tests
 
 fast: install-dev  ## all tests but those on the real model, which want every core for themselves
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile
+
+bench: install-dev  ## SFT, reward model and DPO beside TRL's, and sampling beside generate: a table each; an hour
+	$(BIN)/python benchmarks/trl_training.py
+	$(BIN)/python benchmarks/sampling.py
 
 lint: install-dev
 	$(BIN)/ruff check .

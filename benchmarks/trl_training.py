@@ -8,6 +8,10 @@ tokens), optimizer steps of 8, rank-16 adapters on every linear layer, one learn
 weights, autocast where the processor has bfloat16, checkpointing), and with the flags that should suit it best here: the base in the
 processor's own type, no checkpointing, the reference computed once, packing where it has it. Times leave out loading and tokenising,
 and count the reference's pass. That losses and gradients are equal is tested in tests/parity.
+
+Of the machine: how much of its measured rate of matrix products the arithmetic amounts to that no way of training these adapters can
+leave out: for each token once, forward and backward through the frozen weights (4 operations a weight, 6 with DPO's reference), and
+the same through the output layer for each token that is predicted. Writes runs/trl_training.png.
 """
 
 import argparse
@@ -41,7 +45,45 @@ def rows(kind: str, count: int) -> list[dict]:
     return found
 
 
-def ours(kind: str, count: int, folder: Path) -> dict:
+def useful_operations(kind: str, data: list[dict]) -> float:
+    """What training on these rows takes at least, in floating point operations."""
+    from align.base import find_base, local_model
+    from align.chat import Chat
+    from align.memory import shape_of
+
+    base = find_base("embedded")
+    chat, shape = Chat.load(local_model(base)), shape_of(base)
+    assert shape is not None
+    tokens = predicted = 0
+    for row in data:
+        prompt = len(chat.prompt_ids(row["prompt"]))
+        sides = [
+            len(chat.prompt_ids([*row["prompt"], *row[side]])) - prompt for side in ("completion", "chosen", "rejected") if side in row
+        ]
+        tokens += prompt + sum(sides)
+        predicted += 0 if kind == "reward" else sum(sides)
+    each = 6 if kind == "dpo" else 4
+    return each * (tokens * sum(n * m for _, n, m in shape.linear) + predicted * shape.hidden * shape.vocabulary)
+
+
+def products_rate() -> float:
+    """Floating point operations a second of a matrix product of the model's size, in the processor's own type."""
+    import torch
+
+    from align.model.trunk import native_dtype
+
+    dtype = native_dtype(torch.device("cpu"))
+    a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(30):
+        begun = time.perf_counter()
+        for _ in range(10):
+            torch.mm(a, b)
+        best = min(best, (time.perf_counter() - begun) / 10)
+    return 2 * 1024 * 576 * 1536 / best
+
+
+def ours(kind: str, count: int, folder: Path, quantize: str | None = None) -> dict:
     """The stage, with what it takes before and during training timed."""
     import importlib
 
@@ -62,16 +104,17 @@ def ours(kind: str, count: int, folder: Path) -> dict:
     for name in ("reference_logps", "train"):
         if hasattr(stage, name):
             setattr(stage, name, timed(getattr(stage, name)))
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows(kind, count)))
-    recipe = Recipe("benchmark", base="embedded")
+    data, taken = folder / "rows.jsonl", rows(kind, count)
+    data.write_text("".join(json.dumps(row) + "\n" for row in taken))
+    recipe = Recipe("benchmark", base="embedded", quantize=quantize)
     settings = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
     if kind == "sft":
         recipe.sft(data=data, **settings)
     else:
         getattr(recipe, kind)(preferences=data, **settings)
     run = recipe.run(folder / "run")
-    return {"seconds": sum(spent), "gb": Artifact.open(run / kind).facts["peak_memory_gb"]}
+    share = useful_operations(kind, taken) / sum(spent) / products_rate()
+    return {"seconds": sum(spent), "gb": Artifact.open(run / kind).facts["peak_memory_gb"], "of_the_machine": share}
 
 
 def theirs(kind: str, count: int, folder: Path, best: bool) -> dict:
@@ -120,6 +163,7 @@ def theirs(kind: str, count: int, folder: Path, best: bool) -> dict:
 
 WAYS = {
     "align": ours,
+    "align, base in four bits": lambda *what: ours(*what, "nf4"),
     "TRL, defaults": lambda *what: theirs(*what, False),
     "TRL, tuned": lambda *what: theirs(*what, True),
 }
@@ -156,15 +200,42 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    print("| | examples a second | align is | peak memory | align's is |\n|---|--:|--:|--:|--:|")
+    Path("runs").mkdir(exist_ok=True)
+    draw(found, options.examples, Path("runs/trl_training.png"))
+    print("| | examples a second | align is | peak memory | align's is | of the machine |\n|---|--:|--:|--:|--:|--:|")
     for kind, ways in found.items():
-        seconds = {way: statistics.median(line["seconds"] for line in lines) for way, lines in ways.items()}
-        memory = {way: statistics.median(line["gb"] for line in lines) for way, lines in ways.items()}
-        for way in ways:
+        seconds, memory = middle(ways, "seconds"), middle(ways, "gb")
+        for way, lines in ways.items():
             faster, less = seconds[way] / seconds["align"], memory["align"] / memory[way]
-            print(
-                f"| {kind}: {way} | {options.examples / seconds[way]:.2f} | {faster:.1f} times | {memory[way]:.1f} GB | {less:.2f} of it |"
-            )
+            rate = f"{options.examples / seconds[way]:.2f} | {faster:.1f} times | {memory[way]:.1f} GB | {less:.2f} of it"
+            shares = [line["of_the_machine"] for line in lines if "of_the_machine" in line]
+            print(f"| {kind}: {way} | {rate} | {f'{statistics.median(shares):.0%}' if shares else ''} |")
+
+
+def middle(ways: dict[str, list[dict]], what: str) -> dict[str, float]:
+    """The median of each way's measurements."""
+    return {way: statistics.median(line[what] for line in lines) for way, lines in ways.items()}
+
+
+def draw(found: dict[str, dict[str, list[dict]]], examples: int, path: Path) -> None:
+    """Examples a second and peak memory, a bar for each way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    wide = 0.8 / len(WAYS)
+    for number, way in enumerate(WAYS):
+        places = [place + wide * number for place in range(len(found))]
+        axes[0].bar(places, [examples / middle(ways, "seconds")[way] for ways in found.values()], wide, label=way)
+        axes[1].bar(places, [middle(ways, "gb")[way] for ways in found.values()], wide)
+    for axis, title in zip(axes, ("examples a second", "peak memory, GB"), strict=True):
+        axis.set_xticks([place + wide * (len(WAYS) - 1) / 2 for place in range(len(found))], [kind.upper() for kind in found])
+        axis.set_title(title)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
