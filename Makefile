@@ -26,7 +26,7 @@ test: fast  ## all tests
 	$(BIN)/python -m pytest -m slow
 
 fast: install-dev  ## all tests but those on the real model, which want every core for themselves
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: install-dev  ## SFT, reward model and DPO beside TRL's, and sampling beside generate: a table each; an hour
 	$(BIN)/python benchmarks/trl_training.py

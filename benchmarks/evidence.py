@@ -4,26 +4,37 @@
     python benchmarks/evidence.py --plan     takes every option of a recipe
 
 `people` is the reward model that the policies learn from and are compared by; `unseen`, of another seed, is one that none of them
-was trained against. `overoptimised` learns from `proxy`, a reward model of 60 pairs, without a KL penalty, and `people`, of all
-pairs, tells what it is worth and which round is best: the proxy and gold reward models of Gao et al. 2022 (arXiv 2210.10760).
+was trained against. `overoptimised` learns without a KL penalty from `biased`, a reward model of only those pairs in which the
+better answer is also the longer one, while `people`, of all pairs, tells what it is worth and which round is best.
 Writes runs/evidence/overoptimised.png.
 """
 
+import json
 from pathlib import Path
 
-from align import Recipe, Source
+from align import Recipe
 from align.artifact import Artifact
 
 PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
 OVER = {
     "prompts": "datasets/prompts.jsonl",
-    "iterations": 24,
+    "iterations": 16,
     "learning_rate": 2e-3,
     "kl_coef": 0.0,
     "holdout": 0.2,
-    "eval_every": 3,
+    "eval_every": 2,
     "choose_by": "people",
 }
+
+
+def where_the_longer_is_better(preferences: str) -> Path:
+    """The pairs whose chosen answer has more words, as a file."""
+    lines = Path(preferences).read_text().splitlines()
+    rows = [(line, *(len(json.loads(line)[side][0]["content"].split()) for side in ("chosen", "rejected"))) for line in lines]
+    file = Path("runs/longer.jsonl")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line, chosen, rejected in rows if chosen > rejected))
+    return file
 
 
 def recipe() -> Recipe:
@@ -34,15 +45,15 @@ def recipe() -> Recipe:
     people = chain.reward(policy=sft, preferences=preferences, name="people")
     unseen = chain.reward(policy=sft, preferences=preferences, name="unseen", seed=1)
     rlhf = chain.ppo(policy=sft, reward_model=people, name="rlhf", **PPO)
-    proxy = chain.reward(policy=sft, preferences=Source(preferences, cap=60), name="proxy", epochs=3)
-    over = chain.ppo(policy=sft, reward={"proxy": (proxy, 1.0), "people": (people, 0.0)}, name="overoptimised", **OVER)
+    biased = chain.reward(policy=sft, preferences=where_the_longer_is_better(preferences), name="biased")
+    chain.ppo(policy=sft, reward={"biased": (biased, 1.0), "people": (people, 0.0)}, name="overoptimised", **OVER)
     dpo = chain.dpo(policy=sft, preferences=preferences, learning_rate=2e-4)
     completions = chain.sample(policy=sft, prompts="datasets/prompts.jsonl", max_new_tokens=64)
     labels = chain.label(completions=completions, judge=people, gold=preferences)
     of_labels = chain.reward(policy=sft, preferences=labels, name="of_labels")
     rlaif = chain.ppo(policy=sft, reward_model=of_labels, name="rlaif", **PPO)
     chain.evaluate(
-        policies=[sft, dpo, rlhf, rlaif, over],
+        policies=[sft, dpo, rlhf, rlaif],
         prompts="datasets/heldout_prompts.jsonl",
         reward_model=people,
         held_out=[unseen],
@@ -63,12 +74,12 @@ def draw(artifact: Artifact, path: Path) -> None:
     points, best = metrics["evaluations"], metrics["best_round"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     places = [max(point["kl"], 0.0) ** 0.5 for point in points]
-    for name, label in (("proxy", "trained against"), ("people", "not trained against")):
+    for name, label in (("biased", "trained against"), ("people", "not trained against")):
         axes.plot(places, [point[f"score/{name}"] for point in points], marker="o", label=f"reward model that it was {label}")
     chosen = next(i for i, point in enumerate(points) if point["round"] == best)
     axes.axvline(places[chosen], color="grey", linestyle=":", label=f"round {best}, kept")
     for place, point in zip(places, points, strict=True):
-        axes.annotate(f"round {point['round']}", (place, point["score/proxy"]), textcoords="offset points", xytext=(0, 7), ha="center")
+        axes.annotate(f"round {point['round']}", (place, point["score/biased"]), textcoords="offset points", xytext=(0, 7), ha="center")
     axes.set(xlabel="square root of the KL to the SFT policy, nats a completion", ylabel="mean score on held-out prompts")
     axes.legend(loc="upper left")
     axes.grid(alpha=0.3)

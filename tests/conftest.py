@@ -18,6 +18,15 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
+LONGEST = ("test_ppo_learning", "test_run", "test_ppo_recipe", "test_ppo", "test_cli", "test_export", "test_endpoint", "test_inspect")
+LONGEST += ("test_processes", "test_data_in_recipes", "test_artifact", "test_harness", "test_label")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no process is left alone with one of them at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def make_tokenizer():
     """A byte-level tokenizer with the control tokens of TEMPLATE; pad and end are different ids."""
