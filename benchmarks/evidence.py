@@ -7,6 +7,10 @@
 was trained against. `overoptimised` learns without a KL penalty from `biased`, a reward model of only those pairs in which the
 better answer is also the longer one, while `people`, of all pairs, tells what it is worth and which round is best.
 Writes runs/evidence/overoptimised.png.
+
+Run so far of `overoptimised`: seven rounds. From round 0 to 6 held-out prompts went from -0.16 to 0.69 by `biased` and from -0.12 to 0.45
+by `people`, answers from 28 to 46 tokens, and the share that ends its turn from 94 to 77 percent, at a KL of 15 nats. Against a reward
+model of all pairs 18 rounds went to 42 nats and turned nothing down; against one of 60 pairs 12 rounds went to 28 nats and neither.
 """
 
 import json
@@ -18,11 +22,11 @@ from align.artifact import Artifact
 PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
 OVER = {
     "prompts": "datasets/prompts.jsonl",
-    "iterations": 16,
+    "iterations": 32,
     "learning_rate": 2e-3,
     "kl_coef": 0.0,
     "holdout": 0.2,
-    "eval_every": 2,
+    "eval_every": 4,
     "choose_by": "people",
 }
 
@@ -58,7 +62,7 @@ def recipe() -> Recipe:
         reward_model=people,
         held_out=[unseen],
         best_of=8,
-        samples_per_prompt=2,
+        samples_per_prompt=1,
     )
     return chain
 
@@ -72,17 +76,18 @@ def draw(artifact: Artifact, path: Path) -> None:
 
     metrics = artifact.facts["metrics"]
     points, best = metrics["evaluations"], metrics["best_round"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (scores, ends) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     places = [max(point["kl"], 0.0) ** 0.5 for point in points]
     for name, label in (("biased", "trained against"), ("people", "not trained against")):
-        axes.plot(places, [point[f"score/{name}"] for point in points], marker="o", label=f"reward model that it was {label}")
+        scores.plot(places, [point[f"score/{name}"] for point in points], marker="o", label=f"reward model that it was {label}")
+    ends.plot(places, [point["ended"] for point in points], marker="o", color="tab:red", label="answers that end")
     chosen = next(i for i, point in enumerate(points) if point["round"] == best)
-    axes.axvline(places[chosen], color="grey", linestyle=":", label=f"round {best}, kept")
-    for place, point in zip(places, points, strict=True):
-        axes.annotate(f"round {point['round']}", (place, point["score/biased"]), textcoords="offset points", xytext=(0, 7), ha="center")
-    axes.set(xlabel="square root of the KL to the SFT policy, nats a completion", ylabel="mean score on held-out prompts")
-    axes.legend(loc="upper left")
-    axes.grid(alpha=0.3)
+    for axis, what in ((scores, "mean score on held-out prompts"), (ends, "share of answers that end their turn")):
+        axis.axvline(places[chosen], color="grey", linestyle=":", label=f"round {best}, kept")
+        axis.set(xlabel="square root of the KL to the SFT policy, nats a completion", ylabel=what)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    ends.set_ylim(0, 1.02)
     figure.savefig(path, dpi=120)
 
 
