@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from align.data.tokenise import prepare
 from align.errors import AlignError
 from align.learn.losses import PairLogps, dpo_loss, implicit_rewards
-from align.learn.optimise import Sums, Totals, epoch_batches, train
+from align.learn.optimise import Sums, Totals, count_steps, epoch_batches, train
 from align.model.forward import forward
 from align.model.load import Trainee, open_trainee, own_model, save_model
 from align.model.packing import Example, Row, pack
@@ -96,8 +96,9 @@ def run(job: Job) -> Result:
     data = prepare(job.name, "preferences", job.data["preferences"], trainee.chat, settings, job.work)
     first_epoch = epoch_batches(data.training, settings, 0)
     say(f"  {job.name}: log-probabilities of the reference")
-    batches = chain(first_epoch, [pack(data.heldout, settings.row_tokens)])
-    rows = chain.from_iterable(tracked(batches, len(first_epoch) + 1, "  log-probabilities of the reference"))
+    steps = min(len(first_epoch), count_steps(len(data.training), settings))  # pairs that training won't come to need none
+    batches = chain(islice(first_epoch, steps), [pack(data.heldout, settings.row_tokens)])
+    rows = chain.from_iterable(tracked(batches, steps + 1, "  log-probabilities of the reference"))
     reference = reference_logps(trainee, rows, len(data.where), job.work / REFERENCE)
     objective = DirectPreference(trainee, data.probability, reference, settings)
     checks = _check_start(objective, first_epoch[0], settings)

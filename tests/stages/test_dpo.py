@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from conftest import make_trainee, randomise
+from conftest import SMALL, make_trainee, randomise
 from safetensors.torch import load_file, save_file
 
+from align import Recipe
 from align.artifact import Artifact
 from align.errors import AlignError
 from align.learn.optimise import train
@@ -174,3 +175,13 @@ def test_the_run_records_its_start_and_keeps_its_reference(small_run, data):
     trunk, chat = open_trunk(artifact.base, artifact, "float32")
     role = load_role(trunk, artifact)
     assert [name.split("-")[0] for name in role.adapters] == ["sft", "dpo"]
+
+
+def test_pairs_that_training_does_not_come_to_need_no_reference(tiny_base, data, tmp_path):
+    recipe = Recipe("part", base=str(tiny_base), dtype="float32")
+    recipe.dpo(preferences=data / "preferences.jsonl", epochs=0.3, **SMALL)
+    folder = recipe.run(tmp_path / "run") / "dpo"
+    facts = Artifact.open(folder).facts["data"]["preferences"]
+    known = torch.isfinite(load_file(folder / REFERENCE)["logps"]).all(1)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1  # one step, of four pairs
+    assert known.sum() == 4 + facts["heldout"] < len(known)
