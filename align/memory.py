@@ -25,6 +25,7 @@ PROCESS = 0.45e9  # Python with torch, transformers, peft and datasets imported
 TRAINED = 16  # bytes of a trained number: itself, its gradient and AdamW's two means, all float32
 SIDE_BY_SIDE = 128  # sequences that are decoded at one time (align.model.generate.SEQUENCES)
 MARGIN = 1.25  # an estimate may be this far off
+REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
 KEPT = {4: 1.55, 2: 2.7}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
 
@@ -142,10 +143,12 @@ def _peak(shape: Shape, planned: Planned, stack: Sequence[Lora], dtype: str | No
         return weights + _ppo(shape, settings, stack, itemsize)
     if isinstance(settings, EvaluateSettings):
         each = max(settings.samples_per_prompt, settings.best_of or 0)
-        return weights + _sampling(shape, each * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
-    if isinstance(settings, SampleSettings):
-        return weights + _sampling(shape, settings.completions_per_prompt * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
-    return None
+    elif isinstance(settings, SampleSettings):
+        each = settings.completions_per_prompt
+    else:
+        return None
+    decoding = _decoding(shape, each * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
+    return weights + _copy(shape, itemsize) + decoding
 
 
 def _weights(shape: Shape, dtype: str | None, itemsize: int) -> float:
@@ -161,13 +164,13 @@ def _training(shape: Shape, settings: Training, stack: Sequence[Lora], itemsize:
 
 
 def _ppo(shape: Shape, settings: PPOSettings, stack: Sequence[Lora], itemsize: int) -> float:
-    """The policy's adapter and the value's, one row's activations at a time, and the sequences that are sampled."""
+    """The policy's adapter and the value's, the copy that samples, and what takes more: a row's activations, or what is being decoded."""
     trained = shape.adapter(stack[-1]) * (2 if settings.has_value else 1)
     sequences = settings.prompts_per_iteration * settings.completions_per_prompt
     each = settings.max_new_tokens + min(settings.max_prompt_tokens, PROMPT) / settings.completions_per_prompt
     row = _row(shape, settings, sequences * each / settings.minibatches, stack, itemsize)
-    merged = settings.merged_sampler and settings.sampler == "local"
-    return trained * TRAINED + row + _sampling(shape, sequences, settings.max_new_tokens, itemsize, merged)
+    copy = _copy(shape, itemsize) if settings.merged_sampler and settings.sampler == "local" else 0
+    return trained * TRAINED + copy + max(row, _decoding(shape, sequences, settings.max_new_tokens, itemsize))
 
 
 def _row(shape: Shape, settings: Optimiser, most: float, stack: Sequence[Lora], itemsize: int) -> float:
@@ -179,12 +182,16 @@ def _row(shape: Shape, settings: Optimiser, most: float, stack: Sequence[Lora], 
     return min(settings.row_tokens, most) * held
 
 
-def _sampling(shape: Shape, sequences: int, max_new_tokens: int, itemsize: int, merged: bool = True) -> float:
-    """The copy that samples, keys and values, and the logits of a step with what a draw makes of them."""
+def _copy(shape: Shape, itemsize: int) -> float:
+    """Bytes of the weights that a merged copy has of its own."""
+    return sum(n * m for _, n, m in shape.linear) * itemsize
+
+
+def _decoding(shape: Shape, sequences: int, max_new_tokens: int, itemsize: int) -> float:
+    """Keys and values, and the logits of a step with what a draw makes of them."""
     going = min(sequences, SIDE_BY_SIDE)
-    copy = sum(n * m for _, n, m in shape.linear) * itemsize if merged else 0
     cache = going * (PROMPT + max_new_tokens) * shape.layers * 2 * shape.keys * itemsize
-    return copy + cache + going * shape.vocabulary * 16
+    return REGROWN * cache + going * shape.vocabulary * 16
 
 
 def _computes_in_bfloat16(dtype: str | None) -> bool:
