@@ -97,7 +97,9 @@ def _stage(run: Path, name: str, artifact: Artifact | None) -> dict[str, Any]:
         "peak_gb": facts["peak_memory_gb"],
         "key": [_key(facts["metrics"], *each) for each in KEY.get(facts["stage"], ()) if _is_number(facts["metrics"].get(each[0]))],
         "settings": _changed(facts),
-        "warnings": list((facts["checks"].get("warnings") or {}).values()),
+        "warnings": [  # an artifact of before kept only the round
+            text if isinstance(text, str) else f"round {text}: {sign}" for sign, text in (facts["checks"].get("warnings") or {}).items()
+        ],
         "identity": artifact.identity,
         "created": facts["created"],
     }
