@@ -230,10 +230,14 @@ def check_memory(plans: Sequence[Planned], dtype: str | None) -> None:
     Raises:
         AlignError: with the stage, what it needs, what there is, and the settings that need less.
     """
-    there, needed = available_memory(), estimates(plans, dtype)
-    for planned in plans:
+    todo = [planned for planned in plans if planned.state in ("run", "resume")]
+    there = available_memory() if todo else None
+    if there is None:
+        return
+    needed = estimates(plans, dtype)
+    for planned in todo:
         name, settings = planned.stage.name, planned.stage.settings
-        if there is None or planned.state not in ("run", "resume") or needed.get(name, 0) <= there:
+        if needed.get(name, 0) <= there:
             continue
         rows = getattr(settings, "row_tokens", 0)
         cures = [f"--set {name}.row_tokens={rows // 2}"] if rows > 256 else []

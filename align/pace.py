@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from align.base import cached_facts, keep_fact
 from align.plan import Planned
 from align.progress import last_metrics
@@ -16,11 +18,10 @@ def work(planned: Planned) -> float | None:
     """What a stage does, in a unit of its kind: characters that are trained on, or tokens that are sampled at most. None: not known."""
     settings, rows = planned.stage.settings, planned.data
     if isinstance(settings, Training):
-        learned = rows.get("data", rows.get("preferences"))
-        if not learned:
+        if not planned.learned:
             return None
-        looked_at = [len(str(record)) for record in learned.records(LOOKED_AT)]
-        return settings.epochs * len(learned) * sum(looked_at) / len(looked_at)
+        looked_at = [len(str(record)) for record in planned.learned.records(LOOKED_AT)]
+        return settings.epochs * len(planned.learned) * sum(looked_at) / len(looked_at)
     if isinstance(settings, PPOSettings):
         completions = settings.prompts_per_iteration * settings.completions_per_prompt
         return float(settings.iterations * completions * settings.max_new_tokens)
@@ -37,9 +38,9 @@ def work(planned: Planned) -> float | None:
 
 def remember(planned: Planned, dtype: str | None, seconds: float) -> None:
     """Keep how long a stage took, for the plans of others."""
-    done = work(planned)
-    if done and seconds >= LONG_ENOUGH:
-        keep_fact(PACES, _kind(planned, dtype), seconds / done)
+    if seconds >= LONG_ENOUGH and (done := work(planned)):
+        with suppress(OSError):  # the stage is made; a cache that cannot be written takes nothing from it
+            keep_fact(PACES, _kind(planned, dtype), seconds / done)
 
 
 def expected_seconds(planned: Planned, dtype: str | None) -> float | None:

@@ -51,14 +51,18 @@ class Planned:
         return self.former.facts["seconds"] if self.former else None
 
     @property
+    def learned(self) -> Data | None:
+        """The rows that training learns from; none where there are none, or another stage makes them."""
+        return self.data.get("data", self.data.get("preferences"))
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps or rounds; an upper bound, for held-out and dropped rows are not known yet. None where rows are not made."""
         settings = self.stage.settings
         if isinstance(settings, Training):
-            learned = self.data.get("data", self.data.get("preferences"))
-            if learned is None:
+            if self.learned is None:
                 return None
-            rows = len(learned) * (1 - settings.holdout)
+            rows = len(self.learned) * (1 - settings.holdout)
             return max(1, round(settings.epochs * rows / settings.batch_size))
         return getattr(settings, "iterations", 1)
 

@@ -9,8 +9,9 @@ from align import Lora, memory
 from align.base import find_base
 from align.errors import AlignError
 from align.model.forward import forward
+from align.model.generate import SEQUENCES
 from align.model.packing import Example, make_row
-from align.model.trunk import Role
+from align.model.trunk import Role, native_dtype
 from align.plan import make_plan
 from align.show import show_plan
 
@@ -73,6 +74,11 @@ def test_a_base_of_another_layout_has_no_shape_and_no_estimate(damage, tiny_base
         config = (tmp_path / "config.json").read_text().replace("num_attention_heads", "heads")
         (tmp_path / "config.json").write_text(config)
     assert memory.shape_of(type(base)(base.source, "folder", str(tmp_path), None, base.identity)) is None
+
+
+def test_what_is_known_without_torch_is_what_the_model_path_does():
+    assert memory.SIDE_BY_SIDE == SEQUENCES
+    assert memory._computes_in_bfloat16(None) == (native_dtype(torch.device("cpu")) == torch.bfloat16)
 
 
 # The estimate -----------------------------------------------------------------------------------------------------------------

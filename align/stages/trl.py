@@ -262,8 +262,6 @@ def _refusals_explained(name: str, trainer: str) -> Iterator[None]:
     """What TRL refuses, as a message that names the stage."""
     try:
         yield
-    except AlignError:
-        raise
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
         what = " ".join(str(error).split())
         raise AlignError(f"{name}: TRL's {trainer} trainer refuses this: {what}\n  Change a setting: --set {name}.SETTING=...") from error
