@@ -43,9 +43,8 @@ def measure(base: str, examples: int, row_tokens: int, folder: Path) -> dict:
     chat = Chat.load(local_model(find_base(base)))
     write_rows(folder / "rows.jsonl", examples)
     row = json.loads((folder / "rows.jsonl").open().readline())
-    each = len(chat.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])) + len(
-        chat.tokenizer(row["completion"])["input_ids"]
-    )
+    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    each = len(chat.prompt_ids(turns))
     batch = max(1, min(row_tokens // (each + 8), examples // STEPS))  # 8 tokens to spare, for words differ
     steps = max(STEPS, TOKENS // row_tokens)
     recipe = Recipe("growth", base=base)
