@@ -30,9 +30,12 @@ def letters(prompt, completion, row):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_token_s_count_reaches_its_maximum(estimator, chat, tmp_path):
-    """4 tokens, of which nearly all are the letter in the end; at the start one in 261."""
-    changes = {"iterations": 32, "max_new_tokens": 4, "entropy_coef": 0.06, "kl_coef": 0.0}
-    _, rounds = train(open_tiny(chat, tmp_path, {"letters": letters}, estimator=estimator, **LEARNING, **changes))
+    """4 tokens, of which nearly all are the letter in the end; at the start one in 261.
+
+    Which tokens are drawn depends on the processor's rounding. Half as many completions ended at 3.1 on one kind of machine.
+    """
+    changes = {"iterations": 32, "max_new_tokens": 4, "entropy_coef": 0.06, "kl_coef": 0.0, "completions_per_prompt": 24}
+    _, rounds = train(open_tiny(chat, tmp_path, {"letters": letters}, estimator=estimator, **LEARNING | changes))
     scores = [row["score"] for row in rounds]
     assert scores[0] < 0.2
     assert sum(scores[-3:]) / 3 > 3.2, scores  # the entropy bonus keeps it from 4
