@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from align.errors import AlignError
 from align.learn.advantages import k3
 from align.learn.rollouts import Rollout, ended, lengths
 from align.learn.scores import Scores
+from align.ngrams import repetition
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, kl_coef: float) -> dict[str, float]:
@@ -29,6 +31,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, kl_coef: float)
     sampler = torch.tensor([p for r in rollouts for c in r.completions for p in c.logprobs])
     estimate, size, finished = k3(old_logprobs, old_logprobs - log_ratio), lengths(rollouts), ended(rollouts).float()
     kl, score = float(log_ratio.sum()) / len(size), float(scores.final.mean())
+    texts = [text for r in rollouts for text in r.sampled.texts]
     return {
         "score": score,  # as the round optimises it
         "score_spread": float(scores.final.std(unbiased=False)),
@@ -46,6 +49,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, kl_coef: float)
         "length_max": float(size.max()),
         "ended": float(finished.mean()),
         "cut": 1 - float(finished.mean()),
+        "repetition": fmean(map(repetition, texts)),
         "entropy": float(torch.cat([r.entropy for r in rollouts]).mean()),
         "sampler_mismatch": float((sampler - old_logprobs).abs().mean()),
     }

@@ -22,6 +22,7 @@ from align.model.generate import Completion
 from align.model.load import Sampler, each_policy, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
+from align.ngrams import distinct, repetition
 from align.records import Message, write_jsonl
 from align.refusals import asks_for_harm, declines
 from align.run import Job, Result
@@ -261,23 +262,6 @@ def declined(texts: Sequence[Sequence[str]], harmful: Sequence[bool | None]) -> 
             count = sum(map(declines, answers))
             found[name] = {"declined": count, "answers": len(answers), "interval": wilson_interval(count, len(answers))}
     return found
-
-
-def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of words over all n-grams (Li et al. 2016, arXiv 1510.03055); unknown where no text has n words."""
-    grams = [gram for text in texts for gram in _grams(text, n)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """The share of a text's n-grams of words that were there before; 0 for a text of fewer than n words."""
-    grams = _grams(text, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return list(zip(*(words[i:] for i in range(n)), strict=False)) if len(words) >= n else []
 
 
 def _prompt_means(scores: list[list[float | None]]) -> list[float | None]:

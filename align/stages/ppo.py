@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from align.learn.updates import minibatches, update_step
 from align.learn.watch import Watch
 from align.model.load import largest_change_at_start, own_model, save_model
 from align.model.packing import Example, Row, pack
+from align.ngrams import repetition
 from align.progress import Meter, say
 from align.records import write_jsonl
 from align.run import Job, Result
@@ -216,7 +218,7 @@ def evaluate_if_due(session: Session, state: State, best: dict[str, Tensor], don
 
 
 def evaluate(session: Session, meter: Meter) -> dict[str, float]:
-    """One completion of each held-out prompt, from the same random numbers every time: score, KL, length, ended share."""
+    """One completion of each held-out prompt, from the same random numbers every time: score, KL, length, what ends, what repeats."""
     settings, trainee = session.settings, session.learner.trainee
     sampled = sample(session, session.heldout, 1, (settings.seed + 1) * 1_000_003 - 1, meter)
     rows = pack([one.example for one in sampled], settings.row_tokens)
@@ -234,6 +236,7 @@ def evaluate(session: Session, meter: Meter) -> dict[str, float]:
         "kl": float(torch.cat([r.old_logprobs - r.ref_logprobs for r in rollouts]).sum()) / len(rollouts),
         "length": float(lengths(rollouts).float().mean()),
         "ended": float(finished.float().mean()),
+        "repetition": fmean(repetition(text) for one in sampled for text in one.texts),
         **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
     }
 

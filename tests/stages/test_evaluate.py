@@ -8,7 +8,7 @@ from align import Lora, Recipe
 from align.errors import AlignError
 from align.model.generate import Completion
 from align.model.packing import Example
-from align.stages.evaluate import Answers, compare, declined, distinct, interval, repetition
+from align.stages.evaluate import Answers, compare, declined, interval
 
 
 def answers(name, scores, kl=None):
@@ -70,13 +70,6 @@ def test_what_declines_is_counted_apart_for_harmful_and_harmless_prompts():
         [0.3006, 0.9544], abs=1e-4
     )  # statsmodels' proportion_confint(3, 4, method="wilson")
     assert declined([[no]], [None]) == {}
-
-
-def test_n_grams_by_hand():
-    assert distinct(["a b a b", "A b"], 2) == pytest.approx(2 / 4)  # ab ba ab, ab
-    assert distinct(["one", ""], 2) is None
-    assert repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
-    assert repetition("one two") == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""Where training's time goes: each operator's own time in SFT, the reward model and DPO here, by the part of the model it belongs to.
+
+    python benchmarks/parts.py                   about 5 minutes on two cores with bfloat16; writes runs/parts.png
+    python benchmarks/parts.py --only dpo
+
+The stages are those of trl_training.py: HH pairs, SmolLM2, adapters of rank 16. Products are told apart by their shapes: one side as
+long as the vocabulary is the output layer's, one as narrow as the adapters' rank is an adapter's. `useful` is the share of that time
+which the arithmetic of trl_training.py would take at the machine's measured rate of products.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from trl_training import KINDS, SOURCE, ours, products_rate, rows, useful_operations
+
+RANKS, VOCABULARY = (16, 32), 49152  # of one adapter, and of two side by side; of SmolLM2
+PARTS = ("the base's products", "the adapters' products", "the output layer", "attention", "everything else")
+OF_ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "masked_fill_", "index_select")
+
+
+def part(name: str, shapes: list) -> str:
+    """Which part of the model an operator belongs to."""
+    operator, sizes = name.removeprefix("aten::"), [size for shape in shapes if isinstance(shape, list) for size in shape]
+    if VOCABULARY in sizes:
+        return PARTS[2]
+    if operator in ("mm", "addmm", "addmm_"):
+        return PARTS[1] if any(size in RANKS for size in sizes) else PARTS[0]
+    return PARTS[3] if operator in OF_ATTENTION or "RowAttention" in operator else PARTS[4]
+
+
+def profiled(kind: str, count: int) -> dict:
+    """Seconds of each part, and of the useful arithmetic at the rate of products."""
+    from torch.profiler import ProfilerActivity, profile
+
+    stage, spent = importlib.import_module(f"align.stages.{kind}"), Counter[str]()
+
+    def watched(function):
+        def call(*arguments):
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+                result = function(*arguments)
+            for event in found.key_averages(group_by_input_shape=True):
+                spent[part(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e6
+            return result
+
+        return call
+
+    for name in ("reference_logps", "train"):
+        if hasattr(stage, name):
+            setattr(stage, name, watched(getattr(stage, name)))
+    with tempfile.TemporaryDirectory() as folder:
+        ours(kind, count, Path(folder))
+    return {"parts": {name: spent[name] for name in PARTS}, "useful": useful_operations(kind, rows(kind, count)) / products_rate()}
+
+
+def main() -> None:
+    """Profile each kind in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=KINDS, help="one kind of training; repeatable")
+    parser.add_argument("--examples", type=int, default=32, help="pairs in the epoch")
+    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(profiled(options.measure, options.examples)))
+        return
+    print(f"| | {' | '.join(PARTS)} | useful |\n|---|{'--:|' * (len(PARTS) + 1)}")
+    found = {}
+    for kind in options.only or KINDS:
+        command = [sys.executable, __file__, f"--examples={options.examples}", "--measure", kind]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            sys.exit(f"{kind}: {ended.stderr[-3000:]}")
+        found[kind] = json.loads(ended.stdout.splitlines()[-1])
+        total = sum(found[kind]["parts"].values())
+        shares = [*found[kind]["parts"].values(), found[kind]["useful"]]
+        print(f"| {kind} | {' | '.join(f'{seconds / total:.0%}' for seconds in shares)} |", flush=True)
+    Path("runs").mkdir(exist_ok=True)
+    draw(found, Path("runs/parts.png"))
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """A bar for each kind, made of its parts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.8 * len(found)), layout="constrained")
+    before = [0.0] * len(found)
+    for name in PARTS:
+        shares = [100 * one["parts"][name] / sum(one["parts"].values()) for one in found.values()]
+        axis.barh([kind.upper() for kind in found], shares, left=before, label=name)
+        before = [a + b for a, b in zip(before, shares, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("percent of the time of training")
+    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    if not SOURCE.is_file():
+        raise SystemExit(f"the HH data is not here: {SOURCE}")
+    main()
