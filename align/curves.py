@@ -18,7 +18,7 @@ SHOWN = {  # stage kind -> one panel each: (title, metrics)
         ("score", ("score",)),
         ("KL to the reference, nats per completion", ("kl",)),
         ("length, tokens", ("length",)),
-        ("share", ("ended", "clip_share")),
+        ("share", ("ended", "repetition", "clip_share")),
     ),
 }
 

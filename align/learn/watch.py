@@ -11,6 +11,7 @@ KL_PER_TOKEN = 0.2  # nats, of long completions
 ENTROPY_LEFT = 0.2  # of the first round's
 ALL_CUT = 0.95
 SAME_SCORES = 0.01  # spread of the scores, of the widest round's
+REPEATS = 0.25  # of the trigrams of words in an answer; plain prose stays under 0.05
 AT_CLIP = 0.95  # mean score, of clip_scores
 ROUNDS_TO_LEARN = 8  # before a value is expected to explain anything
 RECENT = 5
@@ -50,6 +51,10 @@ class Watch:
             "entropy": f"entropy fell from {first_entropy:.2f} to {entropy:.2f} nats per token: the policy says one thing only. "
             f"Set entropy_coef (such as 0.01), raise kl_coef ({metrics['kl_coef']:.3g}) or temperature ({settings.temperature:g})."
             if entropy < ENTROPY_LEFT * first_entropy
+            else "",
+            "repetition": f"{metrics['repetition']:.0%} of an answer's trigrams were there before: the reward pays for saying it again. "
+            f"Stop at an earlier round (holdout, patience), raise kl_coef ({metrics['kl_coef']:.3g}), or use a reward that sees it."
+            if metrics["repetition"] > REPEATS
             else "",
             "cut": f"{metrics['cut']:.0%} of the completions hit the limit of {settings.max_new_tokens} tokens and never end. "
             "Raise max_new_tokens, or set missing_eos_score below every other score so that ending pays."

@@ -12,6 +12,7 @@ WELL = {
     "length": 40.0,
     "entropy": 2.0,
     "cut": 0.1,
+    "repetition": 0.02,
     "score": 0.5,
     "raw_score": 0.5,
     "raw_score_spread": 1.0,
@@ -34,6 +35,7 @@ def test_a_run_that_is_well_is_told_nothing():
 SIGNS = {
     "KL runs away": ({"kl": 26.0}, {}, "KL to the reference is 26 nats per completion", "Raise kl_coef (0.05), set kl_target, or lower"),
     "entropy collapses": ({"entropy": 0.3}, {}, "entropy fell from 2.00 to 0.30 nats per token", "Set entropy_coef"),
+    "answers repeat themselves": ({"repetition": 0.4}, {}, "40% of an answer's trigrams were there before", "raise kl_coef (0.05)"),
     "every completion is cut": ({"cut": 1.0}, {}, "100% of the completions hit the limit of 64 tokens", "Raise max_new_tokens"),
     "scores saturate": ({"raw_score_spread": 0.001}, {}, "the scores hardly differ any more (spread 0.001, mean 0.5)", "(iterations)"),
     "scores are clipped": ({"score": 0.99}, {"clip_scores": 1.0}, "the scores are at clip_scores (1.0)", "Raise it"),
