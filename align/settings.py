@@ -230,7 +230,8 @@ class PPOSettings(Optimiser):
     choose_by: str | None = Field(
         None,
         description="Name of the reward that decides which round is best, such as a second reward model that is given the weight 0: "
-        "it was not learned from, so it tells a better policy from one that exploits the first. None: the whole score.",
+        "it was not learned from, so it tells a better policy from one that exploits the first. A completion that was cut scores "
+        "missing_eos_score by it too. None: the whole score.",
     )
 
     merged_sampler: bool = Field(

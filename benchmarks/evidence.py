@@ -22,7 +22,7 @@ from align.artifact import Artifact
 PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
 OVER = {
     "prompts": "datasets/prompts.jsonl",
-    "iterations": 20,
+    "iterations": 14,
     "learning_rate": 2e-3,
     "kl_coef": 0.0,
     "holdout": 0.2,

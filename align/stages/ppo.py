@@ -225,12 +225,10 @@ def evaluate(session: Session, meter: Meter) -> dict[str, float]:
     rollouts = score_rollouts(trainee, None, sampled, rows, settings.temperature)
     parts = score_parts(session.scorers, sampled, rows, session.place)
     finished = ended(rollouts)
-    if settings.choose_by is not None:
-        scores = parts[settings.choose_by]
-    else:
-        scores = torch.stack([session.weights[name] * part for name, part in parts.items()]).sum(0)
-        plain = settings.model_copy(update={"centre_scores": False, "scale_scores": False, "clip_scores": None})
-        scores = shape_scores(scores, finished, lengths(rollouts), RunningScores(), plain)
+    chosen = {settings.choose_by: 1.0} if settings.choose_by is not None else session.weights
+    scores = torch.stack([weight * parts[name] for name, weight in chosen.items()]).sum(0)
+    plain = settings.model_copy(update={"centre_scores": False, "scale_scores": False, "clip_scores": None})
+    scores = shape_scores(scores, finished, lengths(rollouts), RunningScores(), plain)
     return {
         "score": float(scores.mean()),
         "kl": float(torch.cat([r.old_logprobs - r.ref_logprobs for r in rollouts]).sum()) / len(rollouts),
