@@ -140,7 +140,8 @@ def up_to_two(prompt, completion, row):
 def watched(chat, folder, heldout=PROMPTS * 8, **changes):
     """A run that learns from `letters` and is evaluated by `up_to_two`, which weighs nothing."""
     settings = {"iterations": 16, "max_new_tokens": 4, "kl_coef": 0.0, "holdout": 0.4, "eval_every": 2, "choose_by": "liked"}
-    session = open_tiny(chat, folder, {"letters": letters, "liked": up_to_two}, heldout, estimator="rloo", **LEARNING, **settings | changes)
+    changes = LEARNING | settings | changes
+    session = open_tiny(chat, folder, {"letters": letters, "liked": up_to_two}, heldout, estimator="rloo", **changes)
     session.prompts, session.weights["liked"] = PROMPTS[:3], 0.0
     return session
 
@@ -180,6 +181,15 @@ def test_a_run_ends_where_kl_passes_its_bound_and_keeps_a_policy_within_it(chat,
     assert points[-1]["kl"] > 4 >= points[-2]["kl"]
     assert state.evaluations.best_round < points[-1]["round"]
     assert f"held-out KL is {points[-1]['kl']:.1f} nats per completion, over max_kl=4.0" in capsys.readouterr().out
+
+
+def test_a_cut_completion_counts_as_cut_by_the_reward_that_chooses_too(chat, tmp_path):
+    session = watched(chat, tmp_path, missing_eos_score=-5.0)
+    session.scorers["liked"].function = lambda p, c, r: 1.0
+    point = ppo.evaluate(session, session.job.meter())
+    assert point["ended"] < 1
+    assert point["score/liked"] == 1
+    assert point["score"] == pytest.approx(point["ended"] - 5 * (1 - point["ended"]))
 
 
 def test_where_no_round_is_better_the_policy_is_the_one_it_began_with(chat, tmp_path, capsys):
