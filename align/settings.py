@@ -299,6 +299,9 @@ class EvaluateSettings(Settings):
     max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; the KL is measured at it too.")
     row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
+    check_instructions: bool = Field(
+        True, description="Check the instructions of prompts that carry them as IFEval's do (instruction_id_list, kwargs)."
+    )
     seed: int = Field(0, ge=0, description="Seed of the sampling. The recipe's seed unless given.")
     max_bad_rows: BadRows = 0.02
 

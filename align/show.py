@@ -172,6 +172,7 @@ def results_table(artifact: Artifact) -> Table:
     first = metrics["policies"][0]["name"]
     unseen = list(metrics["policies"][0].get("held_out", {}))  # reward models that nothing was trained against
     labelled = list(metrics["policies"][0].get("declined", {}))  # harmful, harmless: where the prompts say
+    told = ["follows its instructions"] if metrics["policies"][0].get("instructions") else []  # where the prompts carry any
     title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
     table = Table(
         "policy",
@@ -183,6 +184,7 @@ def results_table(artifact: Artifact) -> Table:
         "length",
         "ends its turn",
         *(f"declines {name}" for name in labelled),
+        *told,
         title=title,
         title_justify="left",
     )
@@ -197,6 +199,7 @@ def results_table(artifact: Artifact) -> Table:
             f"{row['length']:.0f} tokens",
             f"{row['ended']:.0%}",
             *("{declined}/{answers}".format(**row["declined"][name]) for name in labelled),
+            *("{followed}/{answers}".format(**row["instructions"]) for _ in told),
         )
     return table
 

@@ -236,7 +236,7 @@ def _comparison(artifact: Artifact) -> dict[str, Any]:
 def _evaluation(artifact: Artifact) -> dict[str, Any]:
     """An evaluation's table, with what each difference lets one say, and its samples."""
     metrics = artifact.facts["metrics"]
-    of_before: dict[str, Any] = {"declined": {}, "repetition": None}  # artifacts made before these were counted
+    of_before: dict[str, Any] = {"declined": {}, "repetition": None, "instructions": None}  # artifacts made before these were counted
     policies: list[dict[str, Any]] = [{**of_before, **policy} for policy in metrics["policies"]]
     for policy in policies[1:]:
         policy["direction"] = direction(policy["difference_interval"])

@@ -7,16 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from align.artifact import Artifact
 from align.chat import Chat
 from align.confidence import wilson_interval
+from align.data.mix import Data
 from align.data.originals import original_rows, places_of
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
+from align.ifeval import Instructions, followed, instructions_of
 from align.model.forward import forward, forward_head
 from align.model.generate import Completion
 from align.model.load import Sampler, each_policy, load_role, open_trunk, root_identity
@@ -57,11 +59,13 @@ def run(job: Job) -> Result:
     meter = job.meter("score", unit="prompts")
     meter.begin(len(policies))
     rows: list[tuple[dict[str, Any], tuple[int, ...]]] = []
+    said: list[Said] = []
 
     def of_policy(number: int, policy: Artifact | None, trunk: Trunk, chat: Chat) -> list[Answers]:
         meter.phase(f"sampling {names[number]}")
         if not rows:
             rows.extend(prompt_ids(job.name, job.data["prompts"], chat, settings.max_bad_rows, folder=job.work)[: settings.max_prompts])
+            said.extend(_said(job.data["prompts"], [record for record, _ in rows], settings.check_instructions))
         prompts = [ids for _, ids in rows]
         answer = _answer(names[number], policy, trunk, chat, prompts, settings, job.base.identity)
         found = [answer]
@@ -85,12 +89,34 @@ def run(job: Job) -> Result:
         unscored = [answer for answer in answers if not (answer.scores if reward is rewards[0] else reward.name in answer.held_out)]
         if unscored:
             _score_apart(job, reward, rewards, unscored, settings)
-    data, records = job.data["prompts"], [record for record, _ in rows]
-    harmful = [asks_for_harm(row) for row in original_rows(data, places_of(data, records))]
-    table = [{**compare(answer, answers[0]), "declined": declined(answer.texts, harmful)} for answer in answers]
+    table = [
+        {
+            **compare(answer, answers[0]),
+            "declined": declined(answer.texts, [of.harmful for of in said]),
+            "instructions": followed(answer.texts, [of.instructions for of in said]),
+        }
+        for answer in answers
+    ]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
-    write_jsonl(job.work / "samples.jsonl", sample_rows([record["prompt"] for record in records], answers))
+    write_jsonl(job.work / "samples.jsonl", sample_rows([record["prompt"] for record, _ in rows], answers))
     return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
+
+
+class Said(NamedTuple):
+    """What a prompt's row says of it."""
+
+    harmful: bool | None
+    instructions: Instructions | None
+
+
+def _said(data: Data, records: list[dict[str, Any]], check_instructions: bool) -> list[Said]:
+    """Read before anything is sampled: what cannot be checked is refused."""
+    places = places_of(data, records)
+    found = []
+    for row, record, place in zip(original_rows(data, places), records, places, strict=True):
+        words, where = record["prompt"][-1]["content"], data.place(place)
+        found.append(Said(asks_for_harm(row), instructions_of(row, words, where) if check_instructions else None))
+    return found
 
 
 def _answer(
