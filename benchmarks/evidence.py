@@ -4,16 +4,16 @@
     python benchmarks/evidence.py --plan     takes every option of a recipe
 
 `people` is the reward model that the policies learn from and are compared by; `unseen`, of another seed, is one that none of them
-was trained against. `overoptimised` learns without a KL penalty from `hedges`, which counts words of doubt: chosen answers of
-datasets/preferences.jsonl have almost twice as many as rejected ones (54 and 30), so it is a reward that somebody might really write.
-`people` tells what it is worth and which round is best. Writes runs/evidence/overoptimised.png.
+was trained against. `overoptimised` learns without a KL penalty from `brevity`, which takes off a point for every ten words, as
+somebody might who wants brief answers; `people` tells what it is worth and which round is best. Writes runs/evidence/overoptimised.png.
 
-Reward models were harder to ruin. Without a KL penalty, 18 rounds against one of all pairs went to 42 nats and turned nothing down, 12
-against one of 60 pairs to 28, and 11 against one of only those pairs in which the better answer is the longer one to 50: each time
-another reward model liked what the first did.
+Other rewards were ruined less visibly. Without a KL penalty, 18 rounds against a reward model of all pairs went to 42 nats and turned
+nothing down, 12 against one of 60 pairs to 28, and 11 against one of only those pairs in which the better answer is the longer one to
+50: another reward model liked what the first did. A count of words of doubt rose from 0.1 to 5.5 an answer in 14 rounds (51 nats):
+"I don't know. I don't know where. I don't know the number.", and repeated trigrams from 1 to 9 percent, which the reward model of
+people's preferences, for whom doubt is often right, did not mind (-0.18 and -0.08).
 """
 
-import re
 from pathlib import Path
 
 from align import Recipe
@@ -31,15 +31,9 @@ OVER = {
 }
 
 
-HEDGES = re.compile(
-    r"\b(?:I don't know|I'm not sure|not known|no one knows|nobody knows|unknown|uncertain|might|may|perhaps|probably|can't say|could)\b",
-    re.I,
-)
-
-
-def hedges(prompt, completion, row):
-    """Words of doubt in the answer."""
-    return len(HEDGES.findall(completion))
+def brevity(prompt, completion, row):
+    """Minus one for every ten words."""
+    return -len(completion.split()) / 10
 
 
 def recipe() -> Recipe:
@@ -50,7 +44,7 @@ def recipe() -> Recipe:
     people = chain.reward(policy=sft, preferences=preferences, name="people")
     unseen = chain.reward(policy=sft, preferences=preferences, name="unseen", seed=1)
     rlhf = chain.ppo(policy=sft, reward_model=people, name="rlhf", **PPO)
-    chain.ppo(policy=sft, reward={"hedges": (hedges, 1.0), "people": (people, 0.0)}, name="overoptimised", **OVER)
+    chain.ppo(policy=sft, reward={"brevity": (brevity, 1.0), "people": (people, 0.0)}, name="overoptimised", **OVER)
     dpo = chain.dpo(policy=sft, preferences=preferences, learning_rate=2e-4)
     completions = chain.sample(policy=sft, prompts="datasets/prompts.jsonl", max_new_tokens=64)
     labels = chain.label(completions=completions, judge=people, gold=preferences)
@@ -68,7 +62,7 @@ def recipe() -> Recipe:
 
 
 def draw(artifact: Artifact, path: Path) -> None:
-    """What the over-optimised run saw on held-out prompts, against the square root of KL: its reward, people's, and repetition."""
+    """What the over-optimised run saw on held-out prompts, against the square root of KL: its reward, people's, and length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +75,7 @@ def draw(artifact: Artifact, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, name, title in zip(
         axes,
-        ("score/hedges", "score/people", "repetition"),
+        ("score/brevity", "score", "length"),
         (
             "words of doubt an answer: what it learns from",
             "score by people's reward model, which it does not see",
