@@ -225,17 +225,19 @@ def evaluate(session: Session, meter: Meter) -> dict[str, float]:
     rollouts = score_rollouts(trainee, None, sampled, rows, settings.temperature)
     parts = score_parts(session.scorers, sampled, rows, session.place)
     finished = ended(rollouts)
-    chosen = {settings.choose_by: 1.0} if settings.choose_by is not None else session.weights
-    scores = torch.stack([weight * parts[name] for name, weight in chosen.items()]).sum(0)
     plain = settings.model_copy(update={"centre_scores": False, "scale_scores": False, "clip_scores": None})
-    scores = shape_scores(scores, finished, lengths(rollouts), RunningScores(), plain)
+
+    def mean(scores: Tensor) -> float:  # a reward model judges whole completions: one that was cut has its own score
+        return float(shape_scores(scores, finished, lengths(rollouts), RunningScores(), plain).mean())
+
+    chosen = {settings.choose_by: 1.0} if settings.choose_by is not None else session.weights
     return {
-        "score": float(scores.mean()),
+        "score": mean(torch.stack([weight * parts[name] for name, weight in chosen.items()]).sum(0)),
         "kl": float(torch.cat([r.old_logprobs - r.ref_logprobs for r in rollouts]).sum()) / len(rollouts),
         "length": float(lengths(rollouts).float().mean()),
         "ended": float(finished.float().mean()),
         "repetition": fmean(repetition(text) for one in sampled for text in one.texts),
-        **{f"score/{name}": float(part.mean()) for name, part in parts.items()},
+        **{f"score/{name}": mean(part) for name, part in parts.items()},
     }
 
 
