@@ -77,9 +77,9 @@ def draw(artifact: Artifact, path: Path) -> None:
         axes,
         ("score/brevity", "score", "length"),
         (
-            "words of doubt an answer: what it learns from",
-            "score by people's reward model, which it does not see",
-            "repeated trigrams, share of an answer's",
+            "brevity, its reward",
+            "score by people's reward model",
+            "tokens an answer",
         ),
         strict=True,
     ):
