@@ -64,7 +64,7 @@ def _checkers() -> ModuleType:
     if not all(importlib.util.find_spec(name) for name in ("lm_eval", "langdetect", "immutabledict", "nltk")):
         raise AlignError(
             f"the prompts carry instructions to check ({IDS}), and the checkers are not installed: {INSTALL}. "
-            "Or evaluate without: --set evaluate.check_instructions=false"
+            "Or evaluate without: check_instructions=false"
         )
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # nltk tells at length that it cannot fetch data, which is told below
         from langdetect import DetectorFactory

@@ -56,7 +56,7 @@ def test_checkers_that_are_not_installed_are_named_with_the_command(monkeypatch)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "langdetect" else find(name))
     ifeval._checkers.cache_clear()
-    with pytest.raises(AlignError, match=r"not installed: pip install 'lm-eval\[ifeval\]'. Or .* evaluate\.check_instructions=false"):
+    with pytest.raises(AlignError, match=r"not installed: pip install 'lm-eval\[ifeval\]'. Or evaluate without: check_instructions=false"):
         instructions_of(ROW, "Say three words.", "p.jsonl:1")
 
 
