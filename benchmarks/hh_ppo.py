@@ -40,16 +40,17 @@ def recipe() -> Recipe:
     ppo = chain.ppo(
         reward={"reward": (reward, 1.0), "watching": (watching, 0.0)},
         prompts=HALVES[0],
-        max_new_tokens=96,  # about half of the embedded model's answers end by then
-        iterations=12,
+        max_prompt_tokens=128,
+        max_new_tokens=80,  # about half of the embedded model's answers end by then
+        iterations=10,
         learning_rate=1.5e-3,
         kl_coef=0.02,
         holdout=0.1,
-        eval_every=3,
+        eval_every=2,
         max_kl=15.0,
     )
     chain.evaluate(
-        policies=[chain.base, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100, max_new_tokens=96
+        policies=[chain.base, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100, max_new_tokens=80
     )
     return chain
 

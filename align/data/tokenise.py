@@ -36,7 +36,7 @@ REVISION = 1  # raised when the same records begin to give other tokens
 SEVERAL_PROCESSES_FROM = 20_000  # records
 OVERLONG = "over the longest length"
 NEAR_DUPLICATE = "near duplicate of an earlier record"
-DEMONSTRATIONS = 1000  # completions that scores are centred on, at most
+DEMONSTRATIONS = 128  # completions that scores are centred on, at most: their mean is known to an eleventh of their spread
 PIECE = 500  # records rendered at one time
 
 
@@ -302,7 +302,7 @@ def prompt_ids(
 
 
 def demonstrations(name: str, data: Data, chat: Chat, settings: Training) -> list[Example]:
-    """Conversations whose last replies a reward model's scores are centred on: those of the first thousand that fit.
+    """Conversations whose last replies a reward model's scores are centred on: those of the first DEMONSTRATIONS that fit.
 
     Raises:
         AlignError: where too many cannot be rendered, or none fits.
