@@ -4,15 +4,18 @@
     python benchmarks/four_bits.py --json
 
 The quickstart's two stages on datasets/, each in a process of its own, the reward model on the policy of its own kind. Held-out losses
-are compared conversation by conversation (bootstrap), the reward models' accuracy by its Wilson interval. Weights are those of the
+are compared conversation by conversation, the reward models' accuracy by its Wilson interval. Weights are those of the
 linear layers, which are what is quantised; embeddings are not.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from process import measured
+
+from align.stages.evaluate import interval
 
 KINDS = {"its own type": None, "four bits": "nf4"}
 RUNS = Path("runs/four_bits")
@@ -63,10 +66,7 @@ def main() -> None:
     found: dict = {kind: {} for kind in KINDS}
     for stage in ("sft", "reward"):
         for kind, stages in found.items():
-            ended = subprocess.run([sys.executable, __file__, "--measure", kind, stage], capture_output=True, text=True)
-            if ended.returncode:
-                sys.exit(f"{kind}, {stage}: {ended.stderr[-3000:]}")
-            stages[stage] = json.loads(ended.stdout.splitlines()[-1])
+            stages[stage] = measured(__file__, f"{kind}, {stage}", "--measure", kind, stage)
     if options.json:
         print(json.dumps(found, indent=1))
         return
@@ -80,18 +80,10 @@ def main() -> None:
         print(f"| {kind} | {sft['weights_mb']:.0f} MB | {of_sft} | {right} | {reward['seconds']:.0f} s | {reward['gb']:.2f} GB |")
     own, four = (found[kind]["sft"]["losses"] for kind in KINDS)
     more = [b - a for a, b in zip(own, four, strict=True)]
-    low, high = interval(more)
+    low, high = interval(more) or (float("nan"), float("nan"))
     print(
         f"four bits over its own type: {sum(more) / len(more):+.3f} nats a token of a conversation ({low:+.3f} to {high:+.3f}, {len(more)})"
     )
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Of their mean, by the bootstrap (percentiles)."""
-    from scipy.stats import bootstrap
-
-    found = bootstrap((differences,), lambda x, axis: x.mean(axis=axis), method="percentile", rng=0).confidence_interval
-    return float(found.low), float(found.high)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ which the arithmetic of trl_training.py would take at the machine's measured rat
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+from process import measured
 from trl_training import KINDS, SOURCE, ours, products_rate, rows, useful_operations
 
 RANKS, VOCABULARY = (16, 32), 49152  # of one adapter, and of two side by side; of SmolLM2
@@ -71,11 +70,7 @@ def main() -> None:
     print(f"| | {' | '.join(PARTS)} | useful |\n|---|{'--:|' * (len(PARTS) + 1)}")
     found = {}
     for kind in options.only or KINDS:
-        command = [sys.executable, __file__, f"--examples={options.examples}", "--measure", kind]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        if ended.returncode:
-            sys.exit(f"{kind}: {ended.stderr[-3000:]}")
-        found[kind] = json.loads(ended.stdout.splitlines()[-1])
+        found[kind] = measured(__file__, kind, f"--examples={options.examples}", "--measure", kind)
         total = sum(found[kind]["parts"].values())
         shares = [*found[kind]["parts"].values(), found[kind]["useful"]]
         print(f"| {kind} | {' | '.join(f'{seconds / total:.0%}' for seconds in shares)} |", flush=True)

@@ -10,11 +10,12 @@ defaults (float32 under autocast, checkpointing) and with bfloat16 weights and n
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from process import measured
 
 PROMPTS, LONGEST, NEW = 16, 200, 48
 
@@ -142,11 +143,7 @@ def main() -> None:
         return
     found = {}
     for way in WAYS:
-        command = [sys.executable, __file__, f"--trl={options.trl}", f"--rounds={options.rounds}", f"--measure={way}"]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        if ended.returncode:
-            sys.exit(f"{way}: {ended.stderr[-2000:]}")
-        found[way] = json.loads(ended.stdout.splitlines()[-1])
+        found[way] = measured(__file__, way, f"--trl={options.trl}", f"--rounds={options.rounds}", f"--measure={way}")
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -17,11 +17,11 @@ the same through the output layer for each token that is predicted. Writes runs/
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from process import measured
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preference/hh_harmless_test_a.jsonl.gz"
 STEP, LONGEST, RATE, KINDS = 8, 512, 1e-4, ("sft", "reward", "dpo")
@@ -169,15 +169,6 @@ WAYS = {
 }
 
 
-def measured(kind: str, way: str, count: int) -> dict:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, f"--examples={count}", "--measure", kind, way]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    if ended.returncode:
-        sys.exit(f"{kind}, {way}: {ended.stderr[-3000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measure, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,7 +187,7 @@ def main() -> None:
     for _ in range(options.repeat):
         for kind, ways in found.items():
             for way, lines in ways.items():
-                lines.append(measured(kind, way, options.examples))
+                lines.append(measured(__file__, f"{kind}, {way}", f"--examples={options.examples}", "--measure", kind, way))
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -1,0 +1,13 @@
+"""A measurement in a process of its own: its peak memory is its own, and nothing of the one before is warm."""
+
+import json
+import subprocess
+import sys
+
+
+def measured(file: str, what: str, *arguments: str) -> dict:
+    """What a benchmark prints as JSON in its last line when it is run with these arguments; ends this one where that fails."""
+    ended = subprocess.run([sys.executable, file, *arguments], capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{what}: {ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
