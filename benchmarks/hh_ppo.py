@@ -1,10 +1,10 @@
 """PPO on real people's preferences: against a reward model of one half of the HH data here, watched by one of the other half.
 
-    python benchmarks/hh_ppo.py                     about 40 minutes on two cores; prints what the evaluations along the way saw
+    python benchmarks/hh_ppo.py                     about an hour on two cores; prints what the evaluations along the way saw
     python benchmarks/hh_ppo.py --plan              takes every option of a recipe
 
-The policy starts as the embedded model itself. The watching reward model has the other half of the data, another seed, and the
-weight 0. Along the way a tenth of the prompts is held out, and a completion that was cut scores `missing_eos_score`, -1. In the end both
+The policy starts as the embedded model after SFT on the first half's chosen answers, which end where the model's own run on. The
+watching reward model has the other half of the data, another seed, and the weight 0. Along the way a tenth of the prompts is held out, and a completion that was cut scores `missing_eos_score`, -1. In the end both
 policies answer prompts of the other half, and only answers that ended are scored.
 """
 
@@ -18,10 +18,11 @@ from align.artifact import Artifact
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preference/hh_harmless_test_a.jsonl.gz"
 HALVES = [Path(f"runs/hh_ppo-data/{name}.jsonl") for name in ("one", "other")]
+CHOSEN = HALVES[0].with_name("chosen.jsonl")
 
 
 def halve() -> None:
-    """Two files of the transcripts, by a hash of the first thing that a person says."""
+    """Two files of the transcripts, by a hash of the first thing that a person says; and the chosen transcripts of the first."""
     HALVES[0].parent.mkdir(parents=True, exist_ok=True)
     lines: tuple[list[str], list[str]] = ([], [])
     for line in gzip.decompress(SOURCE.read_bytes()).decode().splitlines(keepends=True):
@@ -29,20 +30,23 @@ def halve() -> None:
         lines[hashlib.sha256(first.encode()).digest()[0] % 2].append(line)
     for path, half in zip(HALVES, lines, strict=True):
         path.write_text("".join(half))
+    CHOSEN.write_text("".join(json.dumps({"text": json.loads(line)["chosen"]}) + "\n" for line in lines[0]))
 
 
 def recipe() -> Recipe:
     """Two reward models, and a policy that is rewarded by the first."""
     chain = Recipe("hh_ppo", base="embedded")
-    shared = {"holdout": 0.2, "batch_size": 8, "learning_rate": 3e-4}
-    reward = chain.reward(preferences=HALVES[0], **shared)
+    short = {"max_length": 256, "on_overlong": "drop", "batch_size": 8, "learning_rate": 3e-4}
+    shared = {"holdout": 0.2, **short}
+    sft = chain.sft(data=CHOSEN, train_on="last", epochs=1.0, **short)
+    reward = chain.reward(policy=sft, preferences=HALVES[0], **shared)
     watching = chain.reward(name="watching", preferences=HALVES[1], seed=1, **shared)
     ppo = chain.ppo(
+        policy=sft,
         reward={"reward": (reward, 1.0), "watching": (watching, 0.0)},
         prompts=HALVES[0],
         max_prompt_tokens=128,
-        max_new_tokens=80,  # about half of the embedded model's answers end by then
-        iterations=10,
+        iterations=16,
         learning_rate=1.5e-3,
         kl_coef=0.02,
         holdout=0.1,
@@ -50,7 +54,7 @@ def recipe() -> Recipe:
         max_kl=15.0,
     )
     chain.evaluate(
-        policies=[chain.base, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100, max_new_tokens=80
+        policies=[sft, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100
     )
     return chain
 
