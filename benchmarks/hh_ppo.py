@@ -4,8 +4,9 @@
     python benchmarks/hh_ppo.py --plan              takes every option of a recipe
 
 The policy starts as the embedded model after SFT on the first half's chosen answers, which end where the model's own run on. The
-watching reward model has the other half of the data, another seed, and the weight 0. Along the way a tenth of the prompts is held out, and a completion that was cut scores `missing_eos_score`, -1. In the end both
-policies answer prompts of the other half, and only answers that ended are scored.
+watching reward model has the other half of the data, another seed, and the weight 0. Along the way a tenth of the prompts is held
+out, and a completion that was cut scores `missing_eos_score`, -1. In the end both policies answer prompts of the other half, and only
+answers that ended are scored.
 """
 
 import gzip
@@ -37,7 +38,7 @@ def recipe() -> Recipe:
     """Two reward models, and a policy that is rewarded by the first."""
     chain = Recipe("hh_ppo", base="embedded")
     short = {"max_length": 256, "on_overlong": "drop", "batch_size": 8, "learning_rate": 3e-4}
-    shared = {"holdout": 0.2, **short}
+    shared = {"holdout": 0.2, "eval_every": 100, **short}
     sft = chain.sft(data=CHOSEN, train_on="last", epochs=1.0, **short)
     reward = chain.reward(policy=sft, preferences=HALVES[0], **shared)
     watching = chain.reward(name="watching", preferences=HALVES[1], seed=1, **shared)
@@ -46,16 +47,15 @@ def recipe() -> Recipe:
         reward={"reward": (reward, 1.0), "watching": (watching, 0.0)},
         prompts=HALVES[0],
         max_prompt_tokens=128,
-        iterations=16,
+        iterations=12,
         learning_rate=1.5e-3,
         kl_coef=0.02,
         holdout=0.1,
-        eval_every=2,
+        max_heldout=32,
+        eval_every=3,
         max_kl=15.0,
     )
-    chain.evaluate(
-        policies=[sft, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100
-    )
+    chain.evaluate(policies=[sft, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100)
     return chain
 
 

@@ -188,7 +188,8 @@ def _rounds(artifact: Artifact) -> dict[str, Any]:
     training = [{**row, "round": row["step"]} for row in _lines(artifact) if "kl" in row]
     heldout = metrics.get("evaluations") or []
     parts = sorted(name for name in (training[0] if training else {}) if name.startswith("score/"))
-    parts = parts if len(parts) > 1 else []  # one alone is the score
+    choose_by = artifact.facts["settings"].get("choose_by")
+    parts = parts if len(parts) > 1 or choose_by is not None else []  # one alone is the score
     kept = ("round", "kl", "score", "length", *parts)
     return {
         "stage": artifact.name,
@@ -196,6 +197,7 @@ def _rounds(artifact: Artifact) -> dict[str, Any]:
         "heldout": [{name: point.get(name) for name in kept} for point in heldout],
         "rewards": [name.removeprefix("score/") for name in parts],
         "best_round": metrics.get("best_round"),
+        "choose_by": choose_by,
     }
 
 

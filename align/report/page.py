@@ -68,18 +68,22 @@ def _names(panel: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_charts(rounds: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The score, each of its parts where there are several, and length against the square root of KL; the round that was kept is ringed."""
+    """The score, each of its parts where there are several, and length against the square root of KL; the round that was kept is ringed.
+
+    Where `choose_by` makes another reward the score of held-out prompts, the score in training has its chart to itself.
+    """
     sets = [("in training", rounds["training"])] + ([("held out", rounds["heldout"])] if rounds["heldout"] else [])
     charts = []
     of_parts = [(f"score/{name}", f"score by {name}") for name in rounds["rewards"]]
     for key, title in (("score", "score"), *of_parts, ("length", "tokens a completion")):
+        shown = sets[:1] if key == "score" and rounds["choose_by"] is not None else sets
         series = [
             {"name": name, "points": [[math.sqrt(max(p["kl"], 0.0)), p[key]] for p in points], "joined": name == "held out"}
-            for name, points in sets
+            for name, points in shown
         ]
-        best = next((p for p in rounds["heldout"] if p["round"] == rounds["best_round"]), None)
+        best = next((p for p in shown[-1][1] if p["round"] == rounds["best_round"]), None) if len(shown) > 1 else None
         marked = [math.sqrt(max(best["kl"], 0.0)), best[key]] if best else None
-        names = [name for name, _ in sets] if len(sets) > 1 else []
+        names = [name for name, _ in shown] if len(shown) > 1 else []
         charts.append({"title": title, "names": names, "chart": lines(series, "square root of KL to the reference", title, marked)})
     return charts
 

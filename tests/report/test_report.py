@@ -58,16 +58,20 @@ def test_the_facts_are_the_artifacts(small_run):
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_a_reward_that_was_only_watched_has_a_chart_of_its_own():
+@pytest.mark.parametrize("choose_by", [None, "watched"])
+def test_a_reward_that_was_only_watched_has_a_chart_of_its_own(choose_by):
+    """And where rounds are chosen by it, its held-out score is not drawn among the scores in training, which are another's."""
+
     def points(slope):
         return [
             {"round": i, "kl": i * i, "score": i, "length": 9.0, "score/trained": float(i), "score/watched": slope * i} for i in range(1, 4)
         ]
 
-    rounds = {"training": points(1.0), "heldout": points(-1.0), "best_round": 1, "rewards": ["trained", "watched"]}
+    rounds = {"training": points(1.0), "heldout": points(-1.0), "best_round": 1, "rewards": ["trained", "watched"], "choose_by": choose_by}
     charts = {chart["title"]: str(chart["chart"]) for chart in _cost_charts(rounds)}
     assert list(charts) == ["score", "score by trained", "score by watched", "tokens a completion"]
     assert "held out: -3 at square root of KL to the reference 3" in charts["score by watched"]
+    assert ("held out" in charts["score"]) == (choose_by is None)
 
 
 def test_only_settings_that_are_not_the_defaults_are_told(small_run):
