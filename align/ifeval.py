@@ -6,7 +6,6 @@ lm-evaluation-harness ships, in their strict form.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from align.confidence import wilson_interval
-from align.errors import AlignError
+from align.errors import AlignError, did_you_mean
 from align.progress import say
 
 IDS, ARGUMENTS = "instruction_id_list", "kwargs"
@@ -50,8 +49,7 @@ def instructions_of(row: Mapping[str, Any], prompt: str, where: str) -> Instruct
     known = list(_checkers().instructions_registry.INSTRUCTION_DICT)
     for name in ids if isinstance(ids, list) else [ids]:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise AlignError(f"{where}: {IDS} has {name!r}, which IFEval does not know" + (f"; did you mean {near[0]!r}?" if near else "."))
+            raise AlignError(f"{where}: {IDS} has {name!r}, which IFEval does not know.{did_you_mean(name, known)}")
     arguments = row.get(ARGUMENTS)
     if not isinstance(arguments, list) or len(arguments) != len(ids) or not all(isinstance(each, dict) for each in arguments):
         raise AlignError(f"{where}: {ARGUMENTS} is {str(arguments)[:80]}; expected a list of {len(ids)} mappings, one for each of {IDS}.")

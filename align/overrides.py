@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 import typing
@@ -11,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from align.errors import AlignError
+from align.errors import AlignError, did_you_mean
 from align.settings import Settings
 
 LISTED = 60  # names in a message
@@ -53,8 +52,7 @@ def _explain(kind: type[Settings], problem: Any, where: str) -> str:
     name = ".".join([where, *path])
     if problem["type"] == "extra_forbidden":
         parent = settings_at(kind, path[:-1]) or kind
-        near = difflib.get_close_matches(path[-1], parent.model_fields, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(path[-1], parent.model_fields)
         names = list(parent.model_fields)
         there = f"There are: {', '.join(names)}." if len(names) <= LISTED else f"--help lists its {len(names)}."
         return f"{name}: there is no such setting.{hint} {there}"

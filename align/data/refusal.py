@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from align.data.columns import SPEECH, WORDS, Column, described, find
 from align.data.preference_formats import chosen_and_rejected, two_replies
 from align.data.rows import Format, Kind
-from align.errors import AlignError
+from align.errors import AlignError, did_you_mean
 
 FIELDS: tuple[str, ...] = (
     "prompt",
@@ -67,12 +66,12 @@ def check_mapping(columns: Mapping[str, str], seen: Mapping[str, Column], where:
     problems = []
     for field, column in columns.items():
         if field not in FIELDS:
-            problems.append(f"{field!r} is no field{_nearest(field, FIELDS)}")
+            problems.append(f"{field!r} is no field.{did_you_mean(field, FIELDS)}")
         if column not in seen:
-            problems.append(f"{column!r} is no column of the file{_nearest(column, list(seen))}")
+            problems.append(f"{column!r} is no column of the file.{did_you_mean(column, seen)}")
     if problems:
         fields, names = ", ".join(FIELDS), ", ".join(map(repr, seen))
-        raise AlignError(f"{where}: columns: {'; '.join(problems)}.\n  Fields: {fields}.\n  Columns of the file: {names}.")
+        raise AlignError(f"{where}: columns: {' '.join(problems)}\n  Fields: {fields}.\n  Columns of the file: {names}.")
 
 
 def unknown(seen: Mapping[str, Column], kind: Kind | None, where: str, pins: Mapping[str, str]) -> AlignError:
@@ -110,12 +109,6 @@ def other_kind(found: Format, kind: Kind, where: str, seen: Mapping[str, Column]
         "feedback": "nothing that says which replies are good",
     }.get(kind, "no replies to train on")
     return AlignError(f"{about}\n  It has {lacks}. Use it as {_USE[found.kind]}, or name what is missing with {mapping_to_try(fields)}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in names}, n=1, cutoff=0.5)
-    real = {known.lower(): known for known in names}
-    return f"; did you mean {real[near[0]]!r}?" if near else ""
 
 
 def _nearest_format(seen: Mapping[str, Column], kind: Kind | None, pins: Mapping[str, str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from align.errors import AlignError
+from align.errors import AlignError, did_you_mean
 from align.files import shipped_file
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -76,9 +76,7 @@ def _as_source(value: Any, where: str) -> Source:
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in _KEYS]
         if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), _KEYS, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise AlignError(f"{where}: a source has no {unknown[0]!r}.{hint} There are: {', '.join(_KEYS)}.")
+            raise AlignError(f"{where}: a source has no {unknown[0]!r}.{did_you_mean(unknown[0], _KEYS)} There are: {', '.join(_KEYS)}.")
         if "path" not in value:
             raise AlignError(f"{where}: the source has no 'path'; expected a file, a folder, a glob or a hub id 'org/name' there.")
         return _checked(Source(**value), where)

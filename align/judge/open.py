@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from align.artifact import FACTS, Artifact
 from align.base import EMBEDDED, Base, find_base
-from align.errors import AlignError
+from align.errors import AlignError, did_you_mean
 from align.judge.judgement import Judge
 from align.prompts import PromptTemplate
 from align.settings import JudgeSettings
@@ -100,5 +99,4 @@ def _artifact_or_base(spec: str | Path) -> Artifact | Base:
     try:
         return find_base(text)
     except AlignError as error:
-        near = difflib.get_close_matches(text, [EMBEDDED])
-        raise AlignError(f"judge {text!r}: {error}\n  {FORMS}{f' Did you mean {near[0]!r}?' if near else ''}") from None
+        raise AlignError(f"judge {text!r}: {error}\n  {FORMS}{did_you_mean(text, [EMBEDDED])}") from None

@@ -270,8 +270,8 @@ def test_what_a_refused_file_lacks(rows, kind, lacks):
 
 def test_a_mapping_is_checked_for_fields_and_columns_all_at_once():
     message = refused([{"question": "q", "reply": "a"}], "conversation", {"promt": "question", "completion": "replay"})
-    assert "'promt' is no field; did you mean 'prompt'?" in message
-    assert "'replay' is no column of the file; did you mean 'reply'?" in message
+    assert "'promt' is no field. Did you mean 'prompt'?" in message
+    assert "'replay' is no column of the file. Did you mean 'reply'?" in message
     assert "Columns of the file: 'question', 'reply'." in message
 
 
