@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -224,29 +224,55 @@ def _left_of_limit(group: Path) -> float:
     return float("inf")
 
 
-def check_memory(plans: Sequence[Planned], dtype: str | None) -> None:
-    """Before anything is loaded: warn of a stage that may need more memory than there is, and refuse one that does by far.
+def fit_memory(plans: Sequence[Planned], dtype: str | None) -> list[Planned]:
+    """Before anything is loaded: have stages that would not fit compute activations again, where nobody decided about that.
+
+    Warns of a stage that may need more memory than there is even so.
+
+    Returns:
+        The plans, with `gradient_checkpointing` where it is needed. It changes no bit of an outcome, so identities stay.
 
     Raises:
-        AlignError: with the stage, what it needs, what there is, and the settings that need less.
+        AlignError: for a stage that needs by far too much: what it needs, what there is, and the settings that need less.
     """
-    todo = [planned for planned in plans if planned.state in ("run", "resume")]
+    todo = [planned.stage.name for planned in plans if planned.state in ("run", "resume")]
     there = available_memory() if todo else None
     if there is None:
-        return
-    needed = estimates(plans, dtype)
-    for planned in todo:
-        name, settings = planned.stage.name, planned.stage.settings
-        if needed.get(name, 0) <= there:
-            continue
-        rows = getattr(settings, "row_tokens", 0)
-        cures = [f"--set {name}.row_tokens={rows // 2}"] if rows > 256 else []
-        cures += [f"--set {name}.gradient_checkpointing=true"] if getattr(settings, "gradient_checkpointing", None) is False else []
-        cures += ["--set recipe.quantize=nf4"] if dtype != "nf4" and getattr(settings, "lora", True) else []
-        problem = (
-            f"{name}: needs about {needed[name] / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free. "
-            f"Close other programs, or have it need less: {', '.join(cures) or 'take a smaller base'}."
-        )
-        if needed[name] > MARGIN * there:
-            raise AlignError(problem)
-        say(f"[yellow]{escape(problem)}[/]")
+        return list(plans)
+    plain = estimates(plans, dtype)
+    short = [name for name in todo if plain.get(name, 0) > there]
+    fitted = [_checkpointed(planned) if planned.stage.name in short else planned for planned in plans]
+    needed = estimates(fitted, dtype)
+    for planned in fitted:
+        name = planned.stage.name
+        if name in short and needed[name] <= there:
+            say(
+                f"[yellow]{name}: would need about {plain[name] / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free. "
+                f"With gradient_checkpointing it needs {needed[name] / 1e9:.1f} GB, and up to 1.5 times the time.[/]"
+            )
+        elif name in short:
+            problem = _too_much(planned, needed[name], there, dtype)
+            if needed[name] > MARGIN * there:
+                raise AlignError(problem)
+            say(f"[yellow]{escape(problem)}[/]")
+    return fitted
+
+
+def _checkpointed(planned: Planned) -> Planned:
+    """A plan whose activations are computed again, unless its stage keeps none or somebody decided otherwise."""
+    settings = planned.stage.settings
+    if getattr(settings, "gradient_checkpointing", False) is not None:
+        return planned
+    return replace(planned, stage=replace(planned.stage, settings=settings.model_copy(update={"gradient_checkpointing": True})))
+
+
+def _too_much(planned: Planned, needed: float, there: float, dtype: str | None) -> str:
+    name, settings = planned.stage.name, planned.stage.settings
+    rows = getattr(settings, "row_tokens", 0)
+    cures = [f"--set {name}.row_tokens={rows // 2}"] if rows > 256 else []
+    cures += [f"--set {name}.gradient_checkpointing=true"] if getattr(settings, "gradient_checkpointing", None) is False else []
+    cures += ["--set recipe.quantize=nf4"] if dtype != "nf4" and getattr(settings, "lora", True) else []
+    return (
+        f"{name}: needs about {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free. "
+        f"Close other programs, or have it need less: {', '.join(cures) or 'take a smaller base'}."
+    )

@@ -27,7 +27,7 @@ from align.curves import draw
 from align.data.mix import Data, load_data
 from align.data.sources import Source
 from align.errors import AlignError
-from align.memory import check_memory
+from align.memory import fit_memory
 from align.pace import remember
 from align.plan import CHECKPOINT, MADE_FILES, Planned, make_plan, shared_prompts
 from align.progress import Meter, console, last_metrics, say
@@ -81,7 +81,7 @@ def execute(recipe: Recipe, run: Path, only: Sequence[str] = (), start: str | No
     with full_disk_explained(run), locked(run):
         plans = make_plan(recipe, run, only, start)
         check_data(plans)
-        check_memory(plans, recipe.dtype)
+        plans = fit_memory(plans, recipe.dtype)
         _write_listing(recipe, run, command if any(planned.state not in ("done", "skip") for planned in plans) else None)
         for number, planned in enumerate(plans, 1):
             label = f"[bold]{planned.stage.name}[/] ({number}/{len(plans)})"

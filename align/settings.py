@@ -67,8 +67,11 @@ class Optimiser(Settings):
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients with a larger norm are scaled down to it.")
     row_tokens: int = Field(1024, ge=16, description="Tokens in one packed row, that is in one forward pass.")
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, up to 1.5 times the time."
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass: less memory, up to 1.5 times the time, the same result. "
+        "None: where the stage would not fit without.",
+        json_schema_extra=KEEP_OUT_OF_IDENTITY,
     )
     seed: int = Field(0, ge=0, description="Seed of everything random in the stage. The recipe's seed unless given.")
 

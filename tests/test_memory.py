@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -136,9 +137,11 @@ def test_a_plan_shows_what_was_measured_of_what_is_done_and_about_what_the_rest_
 
 def test_a_stage_that_would_not_fit_is_refused_before_anything_is_loaded(tiny_base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 0.3e9)
-    plans = make_plan(small_recipe(tiny_base, data), tmp_path)
+    recipe = small_recipe(tiny_base, data)
+    recipe.override("sft.gradient_checkpointing=false")
+    plans = make_plan(recipe, tmp_path)
     with pytest.raises(AlignError) as refusal:
-        memory.check_memory(plans, "float32")
+        memory.fit_memory(plans, "float32")
     needed = memory.estimates(plans, "float32")["sft"]
     assert str(refusal.value) == (
         f"sft: needs about {needed / 1e9:.1f} GB of memory, and 0.3 GB are free. Close other programs, or have it need less: "
@@ -162,15 +165,43 @@ def test_a_stage_that_may_not_fit_is_a_warning(tiny_base, data, tmp_path, monkey
     plans = make_plan(small_recipe(tiny_base, data), tmp_path)
     needed = memory.estimates(plans, "float32")
     monkeypatch.setattr(memory, "available_memory", lambda: max(needed.values()) / 1.1)
-    memory.check_memory(plans, "float32")
+    memory.fit_memory(plans, "float32")
     assert "of memory, and" in capsys.readouterr().out
+
+
+def test_a_stage_that_fits_with_less_is_run_with_less(tiny_base, data, tmp_path, monkeypatch, capsys):
+    recipe = small_recipe(tiny_base, data)
+    recipe.override("sft.row_tokens=16384")
+    recipe.override("sft.batch_size=64")
+    plans = make_plan(recipe, tmp_path)
+    plain = memory.estimates(plans, "float32")["sft"]
+    recipe.override("sft.gradient_checkpointing=true")
+    less = memory.estimates(make_plan(recipe, tmp_path), "float32")["sft"]
+    monkeypatch.setattr(memory, "available_memory", lambda: (plain + less) / 2)
+    fitted = memory.fit_memory(plans, "float32")
+    assert [planned.stage.settings.gradient_checkpointing for planned in fitted[:4]] == [True, None, None, None]
+    assert [planned.identity for planned in fitted] == [planned.identity for planned in plans]
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"sft: would need about {plain / 1e9:.1f} GB of memory, and {(plain + less) / 2e9:.1f} GB are free." in told
+    assert f"With gradient_checkpointing it needs {less / 1e9:.1f} GB" in told
+
+
+def test_a_run_with_little_memory_makes_the_same_bytes(tiny_base, data, small_run, tmp_path, monkeypatch):
+    recipe = small_recipe(tiny_base, data)
+    needed = memory.estimates(make_plan(recipe, tmp_path), "float32")
+    monkeypatch.setattr(memory, "available_memory", lambda: 0.95 * min(needed.values()))
+    run = recipe.run(tmp_path / "little")
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        assert json.loads((run / stage / "artifact.json").read_text())["settings"]["gradient_checkpointing"] is True
+        for file in sorted((small_run / stage).rglob("*.safetensors")):
+            assert (run / file.relative_to(small_run)).read_bytes() == file.read_bytes(), file
 
 
 def test_enough_memory_or_an_unknown_amount_is_no_matter(tiny_base, data, tmp_path, monkeypatch, capsys):
     plans = make_plan(small_recipe(tiny_base, data), tmp_path)
     for there in (64e9, None):
         monkeypatch.setattr(memory, "available_memory", lambda there=there: there)
-        memory.check_memory(plans, "float32")
+        memory.fit_memory(plans, "float32")
     assert capsys.readouterr().out == ""
 
 

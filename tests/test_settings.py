@@ -47,7 +47,7 @@ def test_an_unknown_setting_of_the_adapter_is_looked_up_among_the_adapters():
         ("holdout", 1, "a number, at least 0 and under 1"),
         ("decay", "fast", "one of linear, cosine, constant"),
         ("on_overlong", None, "one of error, drop, shorten_prompt, cut_completion"),
-        ("gradient_checkpointing", "yes", "true or false"),
+        ("gradient_checkpointing", "yes", "true or false or none"),
         ("lora", 8, "settings (rank, alpha, targets, dropout, dora, rslora) or none"),
         ("seed", -1, "a whole number, at least 0"),
     ],
@@ -97,7 +97,7 @@ def test_how_often_a_checkpoint_is_written_decides_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_other_setting_decides(kind):
     left_out = set(kind.model_fields) - set(kind().deciding())
-    assert left_out <= {"save_every", "samples_every", "max_bad_rows", "sampler"}
+    assert left_out <= {"save_every", "samples_every", "max_bad_rows", "sampler", "gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("values", [{"seed": 1}, {"epochs": 3.0}, {"lora": None}, {"lora": {"rank": 4}}, {"lora": {"dropout": 0.5}}])
@@ -129,7 +129,8 @@ def test_types_are_described_in_words():
     assert describe_type(fields["decay"]) == "one of linear, cosine, constant"
     assert describe_type(fields["missing_eos_score"]) == "a number or none"
     assert describe_type(Lora.model_fields["targets"]) == "a text or a list of texts"
-    assert describe_type(fields["gradient_checkpointing"]) == "true or false"
+    assert describe_type(fields["whiten_rewards"]) == "true or false"
+    assert describe_type(fields["gradient_checkpointing"]) == "true or false or none"
 
 
 @pytest.mark.parametrize("kind", KINDS)
