@@ -1,6 +1,6 @@
 """PPO on real people's preferences: against a reward model of one half of the HH data here, watched by one of the other half.
 
-    python benchmarks/hh_ppo.py                     about an hour on two cores; prints what the evaluations along the way saw
+    python benchmarks/hh_ppo.py                     an hour on two cores without bfloat16; prints what the evaluations along the way saw
     python benchmarks/hh_ppo.py --plan              takes every option of a recipe
 
 The policy starts as the embedded model after SFT on the first half's chosen answers, which end where the model's own run on. The
@@ -49,10 +49,10 @@ def recipe() -> Recipe:
         max_prompt_tokens=128,
         iterations=12,
         learning_rate=1.5e-3,
-        kl_coef=0.02,
+        kl_coef=0.01,
         holdout=0.1,
         max_heldout=32,
-        eval_every=3,
+        eval_every=2,
         max_kl=15.0,
     )
     chain.evaluate(policies=[sft, ppo], prompts=HALVES[1], reward_model=reward, held_out=[watching], max_prompts=100)
