@@ -243,6 +243,7 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
     for policy in policies[1:]:
         policy["direction"] = direction(policy["difference_interval"])
         policy["verdict"] = _words(policy, policies[0]["name"])
+        policy["warning"] = (artifact.facts["checks"].get("warnings") or {}).get(policy["name"])
         policy["unseen"] = {name: _words(compared, policies[0]["name"]) for name, compared in policy.get("held_out", {}).items()}
     reward = artifact.facts["parents"].get("reward_model") or {"name": "?"}
     path = artifact.folder / "samples.jsonl"

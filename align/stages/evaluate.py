@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
 
 import torch
+from rich.markup import escape
 
 from align.artifact import Artifact
 from align.chat import Chat
@@ -25,10 +27,13 @@ from align.model.load import Sampler, each_policy, load_role, open_trunk, root_i
 from align.model.packing import Example, Row, pack
 from align.model.trunk import Role, Trunk
 from align.ngrams import distinct, repetition
+from align.progress import say
 from align.records import Message, write_jsonl
 from align.refusals import asks_for_harm, declines
 from align.run import Job, Result
 from align.settings import EvaluateSettings
+
+SAME_TIMES, SAME_SHARE = 5, 0.25  # answers alike, and the share of the prompts over which they are, that are worth a warning
 
 
 @dataclass
@@ -99,7 +104,11 @@ def run(job: Job) -> Result:
     ]
     (job.work / "results.json").write_text(json.dumps({"prompts": len(rows), "policies": table}, indent=1) + "\n")
     write_jsonl(job.work / "samples.jsonl", sample_rows([record["prompt"] for record, _ in rows], answers))
-    return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, {}, {"prompts": {"used": len(rows)}})
+    warnings = says_the_same({answer.name: answer.texts for answer in answers})
+    for warning in warnings.values():
+        say(f"  [yellow]{job.name}: {escape(warning)}[/]")
+    checks = {"warnings": warnings} if warnings else {}
+    return Result("evaluation", {"form": "none"}, {"policies": table, "prompts": len(rows)}, checks, {"prompts": {"used": len(rows)}})
 
 
 class Said(NamedTuple):
@@ -251,6 +260,21 @@ def compare(answer: Answers, first: Answers) -> dict[str, Any]:
         "distinct_2": distinct(texts, 2),
         "repetition": fmean(repetition(text) for text in texts),
     }
+
+
+def says_the_same(texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, str]:
+    """Policies that answer many prompts alike, which a reward model may well like: a warning each, by name.
+
+    Args:
+        texts: by a policy's name, for each prompt its answers, of which the first counts.
+    """
+    found = {}
+    for name, of_prompts in texts.items():
+        text, times = Counter(of_prompt[0].strip() for of_prompt in of_prompts).most_common(1)[0]
+        if times >= SAME_TIMES and times > SAME_SHARE * len(of_prompts):
+            what, which = ("the same", f": {text[:80]!r}") if text else ("nothing", "")
+            found[name] = f"{name} says {what} to {times} of {len(of_prompts)} prompts{which}. Read its answers before its score."
+    return found
 
 
 def _compared(scores: list[list[float | None]], first: list[list[float | None]] | None) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def test_a_reward_that_was_only_watched_has_a_chart_of_its_own(choose_by):
     assert ("held out" in charts["score"]) == (choose_by is None)
 
 
+def test_a_policy_that_says_the_same_to_many_prompts_is_not_just_called_better(run):
+    warning = "ppo says the same to 9 of 12 prompts: '<b>sorry'. Read its answers before its score."
+    edit(run / "evaluate" / "artifact.json", lambda facts: facts["checks"].update(warnings={"ppo": warning}))
+    (box,) = (part for part in page([run_facts(run)]).split('<div class="verdict') if "<b>ppo</b>" in part[:60])
+    assert "ppo says the same to 9 of 12 prompts: &#39;&lt;b&gt;sorry&#39;." in box.partition("</div>")[0]
+
+
 def test_only_settings_that_are_not_the_defaults_are_told(small_run):
     stages = {stage["name"]: stage["settings"] for stage in run_facts(small_run)["stages"]}
     assert stages["sft"]["batch_size"] == 4

@@ -8,7 +8,7 @@ from align import Lora, Recipe
 from align.errors import AlignError
 from align.model.generate import Completion
 from align.model.packing import Example
-from align.stages.evaluate import Answers, compare, declined, interval
+from align.stages.evaluate import Answers, compare, declined, interval, says_the_same
 
 
 def answers(name, scores, kl=None):
@@ -53,6 +53,33 @@ def test_the_first_policy_is_not_compared_with_itself():
     row = compare(first, first)
     assert row["difference"] is None
     assert row["kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "warning"),
+    [
+        (["I'm sorry."] * 4 + [" I'm sorry."] + list("abc"), 'p says the same to 5 of 8 prompts: "I\'m sorry.". Read its answers'),
+        ([""] * 5 + list("abc"), "p says nothing to 5 of 8 prompts. Read its answers"),
+        (["yes"] * 4 + list("abc"), None),  # four may be chance
+        (["yes"] * 5 + [str(number) for number in range(15)], None),  # a quarter, no more
+    ],
+)
+def test_a_policy_that_says_the_same_to_many_prompts_is_warned_of(texts, warning):
+    found = says_the_same({"p": [[text] for text in texts]})
+    assert list(found) == ([] if warning is None else ["p"])
+    assert warning is None or found["p"].startswith(warning)
+
+
+def test_the_warning_is_told_and_kept(tiny_base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("align.stages.evaluate.SAME_TIMES", 1)
+    monkeypatch.setattr("align.stages.evaluate.SAME_SHARE", 0.0)
+    recipe = Recipe("same", base=str(tiny_base), dtype="float32")
+    reward = recipe.reward(preferences=data / "preferences.jsonl", lora=Lora(rank=4), **SMALL)
+    recipe.evaluate(policies=[recipe.base], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=4)
+    run = recipe.run(tmp_path / "run")
+    (warning,) = json.loads((run / "evaluate" / "artifact.json").read_text())["checks"]["warnings"].values()
+    assert warning.startswith("base says ")
+    assert " ".join(f"evaluate: {warning}".split())[:40] in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_interval_by_hand():
