@@ -241,6 +241,8 @@ def fit_memory(plans: Sequence[Planned], dtype: str | None) -> list[Planned]:
         return list(plans)
     plain = estimates(plans, dtype)
     short = [name for name in todo if plain.get(name, 0) > there]
+    if not short:
+        return list(plans)
     fitted = [_checkpointed(planned) if planned.stage.name in short else planned for planned in plans]
     needed = estimates(fitted, dtype)
     for planned in fitted:
