@@ -19,7 +19,7 @@ from pathlib import Path
 from align import Recipe
 from align.artifact import Artifact
 
-PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 9, "learning_rate": 1e-3, "kl_coef": 0.03}
+PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 6, "learning_rate": 1.5e-3, "kl_coef": 0.02}  # quickstart's
 OVER = {
     "prompts": "datasets/prompts.jsonl",
     "iterations": 14,
