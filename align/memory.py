@@ -24,6 +24,7 @@ from align.settings import EvaluateSettings, Lora, Optimiser, PPOSettings, Sampl
 PROCESS = 0.45e9  # Python with torch, transformers, peft and datasets imported
 TRAINED = 16  # bytes of a trained number: itself, its gradient and AdamW's two means, all float32
 SIDE_BY_SIDE = 128  # sequences that are decoded at one time (align.model.generate.SEQUENCES)
+ROOM = 1e9  # bytes of their keys and values at most, or as many as the weights have (align.model.generate.ROOM)
 MARGIN = 1.25  # an estimate may be this far off
 REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
@@ -191,7 +192,8 @@ def _decoding(shape: Shape, sequences: int, max_new_tokens: int, itemsize: int) 
     """Keys and values, and the logits of a step with what a draw makes of them."""
     going = min(sequences, SIDE_BY_SIDE)
     cache = going * (PROMPT + max_new_tokens) * shape.layers * 2 * shape.keys * itemsize
-    return REGROWN * cache + going * shape.vocabulary * 16
+    room = max(ROOM, shape.parameters * itemsize)
+    return REGROWN * min(cache, room) + going * shape.vocabulary * 16
 
 
 def _computes_in_bfloat16(dtype: str | None) -> bool:

@@ -10,7 +10,7 @@ from align import Lora, memory
 from align.base import find_base
 from align.errors import AlignError
 from align.model.forward import forward
-from align.model.generate import SEQUENCES
+from align.model.generate import ROOM, SEQUENCES
 from align.model.packing import Example, make_row
 from align.model.trunk import Role, native_dtype
 from align.plan import make_plan
@@ -78,7 +78,7 @@ def test_a_base_of_another_layout_has_no_shape_and_no_estimate(damage, tiny_base
 
 
 def test_what_is_known_without_torch_is_what_the_model_path_does():
-    assert memory.SIDE_BY_SIDE == SEQUENCES
+    assert (memory.SIDE_BY_SIDE, memory.ROOM) == (SEQUENCES, ROOM)
     assert memory._computes_in_bfloat16(None) == (native_dtype(torch.device("cpu")) == torch.bfloat16)
 
 

@@ -15,7 +15,7 @@ from align.model import attention
 from align.model.slots import PaddedSlots, Slots
 
 SEQUENCES = 128  # decoded side by side: on a processor few more take a step as long, for it reads all weights anyway
-TOKENS = 2**16  # of those with their prompts: long ones are fewer at a time, so that their keys and values fit in memory
+ROOM = 1e9  # bytes of keys and values, or as many as the weights have: of long prompts there are fewer at a time
 REFILL = 16  # free places that are worth a pass over further prompts
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before one is drawn
 
@@ -99,13 +99,14 @@ def decode(
     packs = model.config._attn_implementation == attention.NAME
     slots = Slots(model) if packs else PaddedSlots(model)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
+    room = max(ROOM, model.get_memory_footprint()) // bytes_of_a_token(model)
     going: list[int] = []  # the sequence in each slot
     drawn: list[int] = []  # its tokens so far
     uniform = torch.empty(0, max_new_tokens, dtype=torch.float64)  # its random numbers
     logits: Tensor | None = None
     while waiting or going:
         longest = (len(prompts[waiting[-1]]) if waiting else 0) + max_new_tokens
-        free = max(count, min(SEQUENCES, TOKENS // longest)) - len(going)
+        free = max(count, min(SEQUENCES, int(room // longest))) - len(going)
         if waiting and free >= count and (not going or (free >= REFILL and slots.refills)):
             new = [waiting.pop() for _ in range(min(len(waiting), free // count))]
             admitted = slots.admit([prompts[i] for i in new], count)
@@ -125,6 +126,14 @@ def decode(
             going, drawn = [going[i] for i in kept], [drawn[i] for i in kept]
             uniform, tokens = uniform[kept], tokens[kept]
         logits = slots.step(tokens) if going else None
+
+
+def bytes_of_a_token(model: PreTrainedModel) -> int:
+    """Of its keys and values in all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
 def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

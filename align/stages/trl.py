@@ -54,14 +54,16 @@ def run(job: Job) -> Result:
     rows, left_out = _rows(job, data, chat)
     more: dict[str, Any] = {"reward_funcs": _rewards(job, data)} if settings.trainer in BY_REWARD else {}
     more |= {"teacher_model": _teacher(job)} if settings.trainer in BY_TEACHER else {}
-    with _quiet(), bars_of_datasets(False), _refusals_explained(job.name, settings.trainer):
-        trainer = _make_trainer(job, model, _tokenizer(chat), rows, **more)
+    with _quiet(), bars_of_datasets(False):
+        with _explained(f"{job.name}: TRL's {settings.trainer} trainer refuses this"):
+            trainer = _make_trainer(job, model, _tokenizer(chat), rows, **more)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         meter = job.meter("loss", "reward", "kl", unit="steps")
         trainer.add_callback(_Report(meter))
         try:
-            trainer.train()
+            with _explained(f"{job.name}: TRL's {settings.trainer} trainer stopped in training"):
+                trainer.train()
         finally:
             meter.close()
     _check_finite(job.name, trainer.model)
@@ -258,10 +260,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _refusals_explained(name: str, trainer: str) -> Iterator[None]:
-    """What TRL refuses, as a message that names the stage."""
+def _explained(what: str) -> Iterator[None]:
+    """What TRL raises, as a message that names the stage."""
     try:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
-        what = " ".join(str(error).split())
-        raise AlignError(f"{name}: TRL's {trainer} trainer refuses this: {what}\n  Change a setting: --set {name}.SETTING=...") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise AlignError(f"{what}: {said}\n  Change a setting: --set {what.split(':')[0]}.SETTING=...") from error

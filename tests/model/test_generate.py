@@ -6,7 +6,7 @@ from conftest import make_model
 from transformers import GenerationConfig
 
 from align.model.attention import NAME
-from align.model.generate import REFILL, SEQUENCES, sample
+from align.model.generate import REFILL, SEQUENCES, bytes_of_a_token, sample
 from align.model.load import Sampler
 from align.model.slots import Slots
 from align.model.trunk import Role, Trunk
@@ -196,9 +196,12 @@ def test_a_trunk_whose_activations_are_checkpointed_samples_the_same():
 
 def test_long_prompts_are_decoded_a_few_at_a_time(monkeypatch):
     """So that their keys and values fit in memory; short ones then come in numbers."""
-    monkeypatch.setattr("align.model.generate.TOKENS", 80)
-    monkeypatch.setattr("align.model.generate.REFILL", 2)
     model, sizes = make_model(), []
+    each = 2 * 2 * 32 * 4  # keys and values, layers, numbers, float32
+    assert bytes_of_a_token(model) == each
+    monkeypatch.setattr("align.model.generate.ROOM", 80 * each)
+    monkeypatch.setattr(type(model), "get_memory_footprint", lambda model: 0)
+    monkeypatch.setattr("align.model.generate.REFILL", 2)
     model.set_attn_implementation(NAME)
     step = Slots.step
     monkeypatch.setattr(Slots, "step", lambda slots, tokens: sizes.append(len(tokens)) or step(slots, tokens))

@@ -209,6 +209,17 @@ def test_what_trl_refuses_is_told_with_the_stage(tiny_base, data, tmp_path):
         execute(recipe, tmp_path / "run")
 
 
+def test_what_trl_raises_in_training_is_not_called_a_refusal(tiny_base, data, tmp_path, monkeypatch):
+    def stops(*arguments, **more):
+        raise KeyError("advantages")
+
+    recipe = Recipe("bad", base=str(tiny_base), dtype="float32")
+    recipe.trl(trainer="DPO", data=data / "preferences.jsonl", **FEW)
+    monkeypatch.setattr("transformers.Trainer.training_step", stops)
+    with pytest.raises(AlignError, match=r"dpo: TRL's DPO trainer stopped in training: 'advantages'\n.*--set dpo\.SETTING"):
+        execute(recipe, tmp_path / "run")
+
+
 def fails(prompt, completion, row):
     """A reward with a mistake in it."""
     return 1 / 0
