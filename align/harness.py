@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.table import Table
 
+from align.confidence import Z95
 from align.errors import AlignError
 
 PACKAGE, INSTALL = "lm_eval", "pip install 'lm-eval>=0.4.13,<0.5'"
-Z95 = 1.96
 
 
 def run_tasks(folder: Path, tasks: Sequence[str], include: Path | None = None, limit: int | None = None, out: Path | None = None) -> Path:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any, Literal
 
-from align.confidence import sign_flip_test, wilson_interval
+from align.confidence import Bin, calibration_error, reliability, sign_flip_test, wilson_interval
 from align.judge.judgement import Judgement, Reply, Verdict, verdict_of
 
 Right = Literal["a", "b", "tie"]
@@ -70,17 +70,6 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Bin:
-    """Pairs on which the judge was about equally sure: how sure on average, and how often right."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float
-    right: float
-
-
-@dataclass(frozen=True)
 class Statistics:
     """What the judgements of a group of pairs come to. None is what cannot be known of it."""
 
@@ -118,7 +107,7 @@ def statistics(judged: Sequence[Judged], by_order: bool = True) -> Statistics:
     earned = [item.earned for item in judged]
     decided = [item for item in judged if item.judgement.undecided is None]
     preferred = [item for item in judged if item.longer != 0 and item.judgement.probability not in (None, 0.5)]
-    bins = reliability(sided)
+    bins = reliability(sure_and_right(sided), BINS)
     return Statistics(
         pairs=len(judged),
         correct=Share(sum(earned), len(judged)),
@@ -131,7 +120,7 @@ def statistics(judged: Sequence[Judged], by_order: bool = True) -> Statistics:
         undecided=dict(Counter(item.judgement.undecided for item in judged if item.judgement.undecided)),
         p_chance=sign_flip_test([item.earned - 0.5 for item in sided]) if sided else None,
         p_longer=sign_flip_test([item.earned - item.longer_earned for item in sided]) if sided else None,
-        calibration_error=sum(b.n * abs(b.right - b.confidence) for b in bins) / sum(b.n for b in bins) if bins else None,
+        calibration_error=calibration_error(bins),
         bins=bins,
         **(_of_orders(judged) if by_order else dict.fromkeys(_ORDER_FIELDS)),
         **_costs([reply for item in judged for reply in item.judgement.replies]),
@@ -173,19 +162,10 @@ def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float | None:
     return 1 - observed / expected if expected else None
 
 
-def reliability(judged: Sequence[Judged]) -> list[Bin]:
-    """Pairs with a right side by the judge's confidence max(p, 1 - p), in bins of equal width; empty bins are left out."""
-    groups: dict[int, list[tuple[float, float]]] = {}
-    for item in judged:
-        probability = item.judgement.probability
-        if probability is not None:
-            confidence = max(probability, 1 - probability)
-            groups.setdefault(min(int((confidence - 0.5) * 2 * BINS), BINS - 1), []).append((confidence, item.earned))
-    width = 0.5 / BINS
-    return [
-        Bin(0.5 + at * width, 0.5 + (at + 1) * width, len(group), fmean(c for c, _ in group), fmean(right for _, right in group))
-        for at, group in sorted(groups.items())
-    ]
+def sure_and_right(judged: Sequence[Judged]) -> list[tuple[float, float]]:
+    """The judge's confidence max(p, 1 - p) in each pair that it read, and what that earned."""
+    known = [(item.judgement.probability, item.earned) for item in judged]
+    return [(max(p, 1 - p), earned) for p, earned in known if p is not None]
 
 
 def _costs(replies: Sequence[Reply]) -> dict[str, Any]:

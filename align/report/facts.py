@@ -73,6 +73,7 @@ def run_facts(run: Path) -> dict[str, Any]:
         "missing": [stage["name"] for stage in stages if stage["state"] != "done"],
         "data": [row for a in made.values() for row in _data(a)],
         "curves": [curves for a in made.values() if (curves := _curves(a))["panels"]],
+        "reward_models": [_graded(a) for a in made.values() if a.kind == "reward_model" and "heldout_by" in a.facts["metrics"]],
         "ppo": [_rounds(a) for a in made.values() if a.facts["stage"] == "ppo"],
         "audits": [found for name in made if (found := _audit(run, name))],
         "comparisons": [_comparison(a) for a in made.values() if a.kind == "comparison"],
@@ -201,7 +202,20 @@ def _rounds(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-# Judges and evaluations --------------------------------------------------------------------------------------------------------
+# Reward models, judges and evaluations ---------------------------------------------------------------------------------------
+
+
+def _graded(artifact: Artifact) -> dict[str, Any]:
+    """A reward model's held-out pairs, all and in groups, each with what 'the longer one' reaches."""
+    metrics, by = artifact.facts["metrics"], artifact.facts["metrics"]["heldout_by"]
+    every = {
+        "pairs": metrics["heldout_pairs"],
+        "accuracy": metrics["heldout_accuracy"],
+        "accuracy_interval": metrics["heldout_accuracy_interval"],
+        "longer_is_better_accuracy": metrics["longer_is_better_accuracy"],
+    }
+    groups = {"all": every, **by["by_length"], **by["by_source"]}
+    return {"stage": artifact.name, "groups": groups, "calibration": by["calibration"], "calibration_error": by["calibration_error"]}
 
 
 def _audit(run: Path, name: str) -> dict[str, Any] | None:

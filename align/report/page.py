@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from align.errors import AlignError
 from align.progress import printable
 from align.report.chart import chain, duration, intervals, lines
@@ -59,6 +61,7 @@ def _drawn(facts: Mapping[str, Any]) -> dict[str, Any]:
             for stage in facts["curves"]
         ],
         "ppo": [{**rounds, "charts": _cost_charts(rounds)} for rounds in facts["ppo"] if rounds["training"]],
+        "reward_models": [{**graded, "chart": _calibration_chart(graded["calibration"])} for graded in facts["reward_models"]],
         "evaluations": [_drawn_evaluation(evaluation) for evaluation in facts["evaluations"]],
     }
 
@@ -86,6 +89,16 @@ def _cost_charts(rounds: Mapping[str, Any]) -> list[dict[str, Any]]:
         names = [name for name, _ in shown] if len(shown) > 1 else []
         charts.append({"title": title, "names": names, "chart": lines(series, "square root of KL to the reference", title, marked)})
     return charts
+
+
+def _calibration_chart(bins: Sequence[Mapping[str, Any]]) -> Markup:
+    """How often right by how sure; one that is as often right as it is sure lies on the second line."""
+    points = [[each["confidence"], each["right"]] for each in bins]
+    return lines(
+        [{"name": "right", "points": points}, {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]}],
+        "how sure the reward model is",
+        "share of pairs it is right on",
+    )
 
 
 def _drawn_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:

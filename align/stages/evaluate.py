@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from align.artifact import Artifact
 from align.chat import Chat
-from align.confidence import wilson_interval
+from align.confidence import mean_interval, wilson_interval
 from align.data.mix import Data
 from align.data.originals import original_rows, places_of
 from align.data.tokenise import prompt_ids
@@ -286,11 +286,11 @@ def _compared(scores: list[list[float | None]], first: list[list[float | None]] 
     return {
         "scored": len(known),
         "score": fmean(known) if known else None,
-        "score_interval": interval(known),
+        "score_interval": mean_interval(known),
         "score_spread": pstdev(known) if known else None,
         "compared": len(differences),  # prompts with a score of both
         "difference": fmean(differences) if differences else None,
-        "difference_interval": interval(differences),
+        "difference_interval": mean_interval(differences),
         "better_share": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences) if differences else None,
     }
 
@@ -318,14 +318,6 @@ def _prompt_means(scores: list[list[float | None]]) -> list[float | None]:
     """The mean score of each prompt's completions; unknown where none of them ended."""
     known = [[score for score in of_prompt if score is not None] for of_prompt in scores]
     return [fmean(scores) if scores else None for scores in known]
-
-
-def interval(numbers: list[float]) -> list[float] | None:
-    """95 percent interval of a mean by the normal approximation; unknown for fewer than two numbers."""
-    if len(numbers) < 2:
-        return None
-    half = 1.96 * stdev(numbers) / math.sqrt(len(numbers))
-    return [fmean(numbers) - half, fmean(numbers) + half]
 
 
 def sample_rows(prompts: list[list[Message]], answers: list[Answers]) -> list[dict[str, Any]]:

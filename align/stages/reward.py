@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from align.confidence import wilson_interval
 from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
+from align.learn.graded import Graded, breakdown
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, train
 from align.model.forward import forward_head
@@ -65,12 +67,13 @@ def run(job: Job) -> Result:
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
+    graded = grade(trainee, data, settings.row_tokens)
     offset, centred_on = _centre(job, trainee, data)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
     trainee.trunk.autocast = False  # as it will be when it is loaded
     probes = save_probes(trainee.trunk, trainee.role, [*data.heldout[:PROBE_PAIRS], *data.training[:PROBE_PAIRS]][:PROBE_PAIRS], job.work)
-    facts = {**metrics, **baselines(data, metrics), "score_offset": offset}
+    facts = {**metrics, **baselines(data, metrics), **({"heldout_by": breakdown(graded)} if graded else {}), "score_offset": offset}
     model = own_model(trainee.trunk, trainee.chat, "adapter" if trainee.adapter else "full")
     return Result(
         "reward_model",
@@ -100,6 +103,21 @@ def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
     """Scores of every completion. Shape (completions,), in the order of the rows."""
     with torch.no_grad():
         return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
+
+
+@torch.no_grad()
+def grade(trainee: Trainee, data: Examples, row_tokens: int) -> list[Graded]:
+    """Each held-out pair of which people prefer one side, beside what the scores say of it."""
+    found = []
+    for row in pack(data.heldout, row_tokens):
+        chosen, rejected = forward_head(trainee.trunk, trainee.role, row).scores.float().view(-1, 2).unbind(1)
+        for example, difference in zip(row.examples, (chosen - rejected).tolist(), strict=True):
+            probability, lengths = float(data.probability[example.index]), [len(ids) for ids in example.completions]
+            if probability != 0.5:
+                better, worse = lengths if probability > 0.5 else lengths[::-1]
+                right, sure = (difference > 0) == (probability > 0.5), 1 / (1 + math.exp(-abs(difference)))
+                found.append(Graded(right, sure, better, worse, data.where[example.index].rpartition(":")[0]))
+    return found
 
 
 def baselines(data: Examples, heldout: dict[str, float]) -> dict[str, float | list[float]]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.judge.agreement import BINS, Judged, Share, as_json, kappa, reliability, statistics
+from align.confidence import reliability
+from align.judge.agreement import BINS, Judged, Share, as_json, kappa, statistics, sure_and_right
 from align.judge.judgement import Reply, combine
 
 NONE = Reply("unparsed", "?")
@@ -127,7 +128,7 @@ def test_calibration_is_the_mean_gap_between_confidence_and_accuracy_in_bins(row
     at = np.digitize(sure, np.linspace(0.5, 1, BINS + 1)[1:-1])
     gaps = [(at == i).sum() * abs(right[at == i].mean() - sure[at == i].mean()) for i in range(BINS) if (at == i).any()]
     assert statistics(group).calibration_error == pytest.approx(sum(gaps) / len(group))
-    assert sum(b.n for b in reliability(group)) == len(group)
+    assert sum(b.n for b in reliability(sure_and_right(group), BINS)) == len(group)
 
 
 def test_a_judge_that_is_as_right_as_sure_is_calibrated_and_one_that_is_too_sure_is_not():

@@ -12,7 +12,7 @@ from conftest import write_rows
 
 from align.artifact import FORMAT
 from align.cli import main
-from align.confidence import in_words, prompts_needed
+from align.confidence import in_words, prompts_needed, t_quantile
 from align.errors import AlignError
 from align.report.chart import chain, intervals, lines, ticks
 from align.report.facts import run_facts
@@ -79,6 +79,21 @@ def test_a_policy_that_says_the_same_to_many_prompts_is_not_just_called_better(r
     edit(run / "evaluate" / "artifact.json", lambda facts: facts["checks"].update(warnings={"ppo": warning}))
     (box,) = (part for part in page([run_facts(run)]).split('<div class="verdict') if "<b>ppo</b>" in part[:60])
     assert "ppo says the same to 9 of 12 prompts: &#39;&lt;b&gt;sorry&#39;." in box.partition("</div>")[0]
+
+
+def test_how_far_to_trust_a_reward_model_is_on_the_page(run):
+    def by_source(facts):
+        group = {"pairs": 7, "accuracy": 3 / 7, "accuracy_interval": [0.16, 0.75], "longer_is_better_accuracy": 0.5}
+        facts["metrics"]["heldout_by"]["by_source"] = {"<b>.jsonl": group}
+
+    edit(run / "reward" / "artifact.json", by_source)
+    (graded,) = run_facts(run)["reward_models"]
+    assert graded["groups"]["all"]["pairs"] == sum(each["n"] for each in graded["calibration"])
+    text = page([run_facts(run)])
+    assert "How far to trust reward</h2>" in text
+    assert "<td>&lt;b&gt;.jsonl</td><td>7</td><td>43%<small>16% to 75%</small></td><td>50%</td>" in text
+    edit(run / "reward" / "artifact.json", lambda facts: facts["metrics"].pop("heldout_by"))  # made by an older version
+    assert "How far to trust" not in page([run_facts(run)])
 
 
 def test_only_settings_that_are_not_the_defaults_are_told(small_run):
@@ -225,7 +240,7 @@ def test_charts_hold_every_point_and_no_markup_of_their_names():
 def test_words_say_no_more_than_the_interval():
     assert in_words(0.2, [0.1, 0.3], 60, "sft") == "better than sft by 0.20 (95% +0.10 to +0.30)"
     assert in_words(-0.2, [-0.3, -0.1], 60, "sft").startswith("worse than sft by 0.20")
-    assert in_words(0.1, [-0.1, 0.3], 60, "sft") == "no difference to sft shown with 60 prompts; about 491 would be needed for one of 0.10"
+    assert in_words(0.1, [-0.1, 0.3], 60, "sft") == "no difference to sft shown with 60 prompts; about 471 would be needed for one of 0.10"
     assert in_words(0.0, [-0.1, 0.1], 60, "sft") == "no difference to sft shown with 60 prompts"
     assert "nothing can be said" in in_words(None, None, 1, "sft")
 
@@ -235,7 +250,7 @@ def test_so_many_prompts_show_a_difference_four_times_in_five():
 
     rng = np.random.default_rng(0)
     spread, difference = 0.5, 0.1
-    half = 1.96 * spread / 60**0.5
+    half = t_quantile(59) * spread / 60**0.5
     needed = prompts_needed(difference, [difference - half, difference + half], 60)
     drawn = rng.normal(difference, spread, (4000, needed))
     low = drawn.mean(1) - 1.96 * drawn.std(1, ddof=1) / needed**0.5

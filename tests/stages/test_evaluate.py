@@ -8,7 +8,7 @@ from align import Lora, Recipe
 from align.errors import AlignError
 from align.model.generate import Completion
 from align.model.packing import Example
-from align.stages.evaluate import Answers, compare, declined, interval, says_the_same
+from align.stages.evaluate import Answers, compare, declined, says_the_same
 
 
 def answers(name, scores, kl=None):
@@ -80,13 +80,6 @@ def test_the_warning_is_told_and_kept(tiny_base, data, tmp_path, monkeypatch, ca
     (warning,) = json.loads((run / "evaluate" / "artifact.json").read_text())["checks"]["warnings"].values()
     assert warning.startswith("base says ")
     assert " ".join(f"evaluate: {warning}".split())[:40] in " ".join(capsys.readouterr().out.split())
-
-
-def test_an_interval_by_hand():
-    """Numbers 0, 2: mean 1, deviation sqrt 2, half width 1.96 * sqrt 2 / sqrt 2 = 1.96."""
-    assert interval([0.0, 2.0]) == pytest.approx([1 - 1.96, 1 + 1.96])
-    assert interval([3.0]) is None
-    assert math.isclose(interval([2.0, 2.0])[0], 2.0)
 
 
 def test_what_declines_is_counted_apart_for_harmful_and_harmless_prompts():

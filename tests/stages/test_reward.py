@@ -20,7 +20,7 @@ from align.model.packing import Example, make_row, pack
 from align.progress import Meter
 from align.records import Message, Preference
 from align.settings import RewardSettings
-from align.stages.reward import BradleyTerry, _centre, agreement, baselines, wilson_interval
+from align.stages.reward import BradleyTerry, _centre, agreement, baselines, grade, wilson_interval
 
 REPLIES = [("red", "der"), ("blue", "eulb eulb"), ("a longer reply", "no"), ("grey", "gray")]
 PROBABILITIES = [1.0, 0.8, 0.5, 0.1]
@@ -197,6 +197,31 @@ def test_held_out_metrics_are_the_saved_model_s(small_run, data):
     assert metrics["heldout_accuracy"] == pytest.approx(right / len(heldout))
     assert metrics["heldout_margin"] == pytest.approx(float((scores[:, 0] - scores[:, 1]).mean()), rel=1e-4)
     assert metrics["heldout_accuracy_interval"] == pytest.approx(wilson_interval(right, len(heldout)))
+
+
+def test_every_decided_pair_that_is_held_out_is_graded_by_its_scores(chat):
+    """Undecided pairs are left out, and one against `chosen` is turned round: it is right where its scores are."""
+    trainee, examples, _ = opened(chat)
+    randomise(trainee.trunk, "stage", seed=5)
+    data = SimpleNamespace(heldout=examples, probability=torch.tensor(PROBABILITIES), where=[f"folder/{i}.jsonl:7" for i in range(4)])
+    scores = plain_scores(trainee.trunk, trainee.role, examples).view(-1, 2)
+    for row_tokens in (16, 1024):
+        found = {pair.source: pair for pair in grade(trainee, data, row_tokens)}
+        assert set(found) == {"folder/0.jsonl", "folder/1.jsonl", "folder/3.jsonl"}
+        for at in (0, 1, 3):
+            pair = found[f"folder/{at}.jsonl"]
+            better, worse = (0, 1) if PROBABILITIES[at] > 0.5 else (1, 0)
+            assert (pair.better, pair.worse) == (len(examples[at].completions[better]), len(examples[at].completions[worse]))
+            probability = float(torch.sigmoid(scores[at, better] - scores[at, worse]))
+            assert (pair.right, pair.sure) == (probability > 0.5, pytest.approx(max(probability, 1 - probability), abs=1e-5))
+
+
+def test_the_groups_agree_with_the_accuracy_of_training_s_last_evaluation(small_run):
+    metrics = Artifact.open(small_run / "reward").facts["metrics"]
+    groups = metrics["heldout_by"]["by_length"].values()
+    assert sum(group["pairs"] for group in groups) == metrics["heldout_pairs"] > 0
+    right = sum(group["accuracy"] * group["pairs"] for group in groups)
+    assert right == pytest.approx(metrics["heldout_accuracy"] * metrics["heldout_pairs"])
 
 
 def test_probe_scores_are_recorded_and_checked_when_the_model_is_loaded(small_run):
