@@ -77,9 +77,11 @@ def theirs(rounds: int, best: bool) -> dict:
 
     import datasets
     from align.base import find_base, local_model
+    from align.model.trunk import native_dtype
     from align.run import peak_memory_gb
 
-    location, dtype = local_model(find_base("embedded")), torch.bfloat16 if best else torch.float32
+    native = native_dtype(torch.device("cpu"))
+    location, dtype = local_model(find_base("embedded")), native if best else torch.float32
     chat = _chat()
     tokenizer = chat.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", "<|endoftext|>"
@@ -87,7 +89,9 @@ def theirs(rounds: int, best: bool) -> dict:
     for head in heads:
         head.config.pad_token_id = tokenizer.pad_token_id
     rows = datasets.Dataset.from_list([{"input_ids": list(ids)} for ids in prompts()])
-    plain = {"gradient_checkpointing": False, "bf16": False} if best else {}
+    plain: dict = {"gradient_checkpointing": False, "bf16": False} if best else {}
+    if native != torch.bfloat16:  # autocast to a type it lacks takes a hundred times as long
+        plain["bf16"] = False
     with tempfile.TemporaryDirectory() as folder:
         arguments = PPOConfig(
             output_dir=folder,
@@ -125,7 +129,7 @@ def theirs(rounds: int, best: bool) -> dict:
 WAYS = {
     "align": ours,
     "TRL 1.12, defaults": lambda rounds: theirs(rounds, False),
-    "TRL 1.12, bfloat16": lambda rounds: theirs(rounds, True),
+    "TRL 1.12, tuned": lambda rounds: theirs(rounds, True),
 }
 
 
