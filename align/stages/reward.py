@@ -12,7 +12,7 @@ from align.confidence import wilson_interval
 from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepare
 from align.learn.graded import Graded, breakdown
 from align.learn.losses import bradley_terry_loss
-from align.learn.optimise import Sums, Totals, train
+from align.learn.optimise import Sums, Totals, evaluate, train
 from align.model.forward import forward_head
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
@@ -28,6 +28,7 @@ class BradleyTerry:
     def __init__(self, trainee: Trainee, probability: Tensor, margin: Tensor, settings: RewardSettings):
         """Learn the trainee's role; `probability` and `margin` hold the pairs' labels by the example's index."""
         self.trainee, self.probability, self.margin, self.settings = trainee, probability, margin, settings
+        self.differences: dict[int, float] = {}  # score of chosen minus rejected, of every pair that was last seen without gradients
 
     def totals(self, examples: Sequence[Example]) -> Totals:
         """Pairs."""
@@ -39,6 +40,8 @@ class BradleyTerry:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         probability = self.probability[row.indices].to(scores.device)
         margin = self.margin[row.indices].to(scores.device) * self.settings.margins
+        if not torch.is_grad_enabled():
+            self.differences |= zip(row.indices, (chosen - rejected).tolist(), strict=True)
         losses = bradley_terry_loss(chosen, rejected, probability, margin, self.settings.centering)
         return losses.sum() / totals["pairs"], {
             "loss": (float(losses.detach().sum()), len(losses)),
@@ -67,7 +70,7 @@ def run(job: Job) -> Result:
     meter = job.meter("loss", "accuracy", "heldout_accuracy")
     metrics = train(objective, trainee.parameters, data.training, data.heldout, settings, job.work, meter, data.where)
     trainee.trunk.dropout = False
-    graded = grade(trainee, data, settings.row_tokens)
+    graded = grade(objective, data, settings.row_tokens)
     offset, centred_on = _centre(job, trainee, data)
     save_model(trainee.trunk, trainee.chat, trainee.adapter, job.work)
     trainee.trunk.heads[job.name].save(job.work / HEAD)
@@ -105,18 +108,18 @@ def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
         return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
 
 
-@torch.no_grad()
-def grade(trainee: Trainee, data: Examples, row_tokens: int) -> list[Graded]:
-    """Each held-out pair of which people prefer one side, beside what the scores say of it."""
+def grade(objective: BradleyTerry, data: Examples, row_tokens: int) -> list[Graded]:
+    """Each held-out pair of which people prefer one side, beside what its scores said when it was evaluated last."""
+    not_seen = [example for example in data.heldout if example.index not in objective.differences]
+    evaluate(objective, not_seen, row_tokens)  # some where a stopped run had made its last step
     found = []
-    for row in pack(data.heldout, row_tokens):
-        chosen, rejected = forward_head(trainee.trunk, trainee.role, row).scores.float().view(-1, 2).unbind(1)
-        for example, difference in zip(row.examples, (chosen - rejected).tolist(), strict=True):
-            probability, lengths = float(data.probability[example.index]), [len(ids) for ids in example.completions]
-            if probability != 0.5:
-                better, worse = lengths if probability > 0.5 else lengths[::-1]
-                right, sure = (difference > 0) == (probability > 0.5), 1 / (1 + math.exp(-abs(difference)))
-                found.append(Graded(right, sure, better, worse, data.where[example.index].rpartition(":")[0]))
+    for example in data.heldout:
+        probability, difference = float(data.probability[example.index]), objective.differences[example.index]
+        if probability != 0.5:
+            chosen, rejected = map(len, example.completions)
+            better, worse = (chosen, rejected) if probability > 0.5 else (rejected, chosen)
+            right, sure = (difference > 0) == (probability > 0.5), 1 / (1 + math.exp(-abs(difference)))
+            found.append(Graded(right, sure, better, worse, data.where[example.index].rpartition(":")[0]))
     return found
 
 

@@ -13,7 +13,7 @@ from align.artifact import Artifact
 from align.data.mix import load_data
 from align.data.sources import Source
 from align.errors import AlignError
-from align.learn.optimise import train
+from align.learn.optimise import evaluate, train
 from align.model.forward import forward_head
 from align.model.load import HEAD, PROBES, load_role, open_trunk
 from align.model.packing import Example, make_row, pack
@@ -201,12 +201,14 @@ def test_held_out_metrics_are_the_saved_model_s(small_run, data):
 
 def test_every_decided_pair_that_is_held_out_is_graded_by_its_scores(chat):
     """Undecided pairs are left out, and one against `chosen` is turned round: it is right where its scores are."""
-    trainee, examples, _ = opened(chat)
+    trainee, examples, objective = opened(chat)
     randomise(trainee.trunk, "stage", seed=5)
     data = SimpleNamespace(heldout=examples, probability=torch.tensor(PROBABILITIES), where=[f"folder/{i}.jsonl:7" for i in range(4)])
     scores = plain_scores(trainee.trunk, trainee.role, examples).view(-1, 2)
-    for row_tokens in (16, 1024):
-        found = {pair.source: pair for pair in grade(trainee, data, row_tokens)}
+    for evaluated in (examples[:2], examples, []):
+        objective.differences.clear()
+        evaluate(objective, evaluated, 16)
+        found = {pair.source: pair for pair in grade(objective, data, 1024)}
         assert set(found) == {"folder/0.jsonl", "folder/1.jsonl", "folder/3.jsonl"}
         for at in (0, 1, 3):
             pair = found[f"folder/{at}.jsonl"]
