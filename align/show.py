@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -167,40 +168,34 @@ def show_results(run: Path, stages: list[str], samples: int = SAMPLES_SHOWN) -> 
 
 
 def results_table(artifact: Artifact) -> Table:
-    """Policies with means and 95 percent intervals, compared with the first."""
+    """Means and 95 percent intervals, a column for each policy; differences are to the first."""
     metrics = artifact.facts["metrics"]
-    first = metrics["policies"][0]["name"]
-    unseen = list(metrics["policies"][0].get("held_out", {}))  # reward models that nothing was trained against
-    labelled = list(metrics["policies"][0].get("declined", {}))  # harmful, harmless: where the prompts say
-    told = ["follows its instructions"] if metrics["policies"][0].get("instructions") else []  # where the prompts carry any
+    policies = metrics["policies"]
+    first = escape(policies[0]["name"])
+    unseen = list(policies[0].get("held_out", {}))  # reward models that nothing was trained against
+    labelled = list(policies[0].get("declined", {}))  # harmful, harmless: where the prompts say
     title = f"{artifact.name}: {metrics['prompts']} held-out prompts, temperature {artifact.facts['settings']['temperature']:g}"
-    table = Table(
-        "policy",
-        "score",
-        f"better than {first} by",
-        f"scores over {first}",
-        *(f"better by {name}, unseen" for name in unseen),
-        f"KL to {first}",
-        "length",
-        "ends its turn",
-        *(f"declines {name}" for name in labelled),
-        *told,
-        title=title,
-        title_justify="left",
-    )
-    for row in metrics["policies"]:
-        table.add_row(
-            row["name"],
-            _with_interval(row["score"], row["score_interval"]),
-            _with_interval(row["difference"], row["difference_interval"]),
-            "" if row["better_share"] is None else f"{row['better_share']:.0%} of prompts",
-            *(_with_interval(row["held_out"][name]["difference"], row["held_out"][name]["difference_interval"]) for name in unseen),
-            "not known" if row["kl"] is None else f"{row['kl']:.1f} nats",
-            f"{row['length']:.0f} tokens",
-            f"{row['ended']:.0%}",
-            *("{declined}/{answers}".format(**row["declined"][name]) for name in labelled),
-            *("{followed}/{answers}".format(**row["instructions"]) for _ in told),
-        )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for row in policies:
+        table.add_column(escape(row["name"]))
+
+    def add(name: str, cells: Iterable[str]) -> None:
+        table.add_row(name, *cells)
+
+    add("score", (_with_interval(row["score"], row["score_interval"]) for row in policies))
+    add(f"better than {first}", (_with_interval(row["difference"], row["difference_interval"]) for row in policies))
+    add("  share of prompts", ("" if row["better_share"] is None else f"{row['better_share']:.0%}" for row in policies))
+    for name in unseen:
+        compared = [row["held_out"][name] for row in policies]
+        add(f"  by {escape(name)}", (_with_interval(each["difference"], each["difference_interval"]) for each in compared))
+    add("KL, nats", ("not known" if row["kl"] is None else f"{row['kl']:.1f}" for row in policies))
+    add("tokens", (f"{row['length']:.0f}" for row in policies))
+    add("ends its turn", (f"{row['ended']:.0%}" for row in policies))
+    for name in labelled:
+        add(f"declines {name}", ("{declined}/{answers}".format(**row["declined"][name]) for row in policies))
+    if policies[0].get("instructions"):  # where the prompts carry any
+        add("as instructed", ("{followed}/{answers}".format(**row["instructions"]) for row in policies))
     return table
 
 
@@ -224,7 +219,7 @@ def win_table(artifact: Artifact) -> Table:
 def _with_interval(mean: float | None, interval: list[float] | None) -> str:
     if mean is None:
         return ""
-    return f"{mean:+.2f}" + (f" ± {(interval[1] - interval[0]) / 2:.2f}" if interval else "")
+    return f"{mean:+.2f}" + (f" ±{(interval[1] - interval[0]) / 2:.2f}" if interval else "")
 
 
 def _show_samples(path: Path, count: int) -> None:
