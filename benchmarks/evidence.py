@@ -1,6 +1,6 @@
 """RLHF, RLAIF, DPO and the best of eight from one SFT policy, and a PPO run that is over-optimised on purpose: one report.
 
-    python benchmarks/evidence.py            three hours on two cores without bfloat16 (two of them measured); runs/evidence/report.html
+    python benchmarks/evidence.py            an hour and a half on two cores without bfloat16; runs/evidence/report.html
     python benchmarks/evidence.py --plan     takes every option of a recipe
 
 `people` is the reward model that the policies learn from and are compared by; `unseen`, of another seed, is one that none of them
