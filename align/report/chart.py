@@ -135,7 +135,7 @@ def _box_lines(stage: Mapping[str, Any]) -> list[str]:
         return [stage["state"]]
     cost = f"{duration(stage['seconds'])}, {stage['peak_gb']:.1f} GB"
     key = stage["key"][-1] if stage["key"] else None
-    shown = {"ppo": "score", "reward": "heldout_accuracy", "dpo": "heldout_accuracy"}.get(stage["stage"])
+    shown = {"ppo": "score", "reward": "heldout_accuracy", "dpo": "heldout_accuracy", "label": "labelled"}.get(stage["stage"])
     key = next((each for each in stage["key"] if each["metric"] == shown), key)
     words = {"heldout_accuracy": "right", "heldout_loss": "loss", "score": "score"}
     return [cost, f"{words.get(key['metric'], key['metric'])} {key['value']:.3g}"] if key else [cost]

@@ -42,6 +42,7 @@ KEY = {  # stage -> the numbers that say how it went: (metric, what it is called
     "sft": (("heldout_loss_before", "held-out loss before"), ("heldout_loss", "held-out loss")),
     "reward": (("heldout_accuracy", "right on held-out pairs"), ("longer_is_better_accuracy", "'the longer one' is right")),
     "dpo": (("heldout_accuracy", "right on held-out pairs"), ("heldout_margin", "held-out margin")),
+    "label": (("labelled", "pairs labelled"), ("price", "price of the judge's replies")),  # in the currency of its settings
     "ppo": (("score", "score in the last round"), ("kl", "KL, nats a completion"), ("length", "tokens a completion")),
 }
 POINTS = 200  # of a curve

@@ -96,6 +96,18 @@ def test_how_far_to_trust_a_reward_model_is_on_the_page(run):
     assert "How far to trust" not in page([run_facts(run)])
 
 
+@pytest.mark.parametrize(("price", "told"), [(1.25, True), (0.0, False), (None, False)])
+def test_what_a_judge_cost_is_told_where_it_cost_anything(run, price, told):
+    def labels(facts):
+        facts["stage"] = "label"
+        facts["metrics"] = {"labelled": 310, "price": price}
+
+    edit(run / "dpo" / "artifact.json", labels)
+    text = page([run_facts(run)])
+    assert ("<b>1.25</b><span>dpo: price of the judge&#39;s replies</span>" in text) == told
+    assert "labelled 310" in text
+
+
 def test_only_settings_that_are_not_the_defaults_are_told(small_run):
     stages = {stage["name"]: stage["settings"] for stage in run_facts(small_run)["stages"]}
     assert stages["sft"]["batch_size"] == 4
