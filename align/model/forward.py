@@ -38,7 +38,7 @@ def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Pol
     """Log-probabilities of the row's completion tokens, with the role's adapters on the base."""
     row = row.to(trunk.device)
     with trunk.computing(role):
-        hidden = hidden_states(trunk, row)[row.predicted_at]
+        hidden = picked(hidden_states(trunk, row), row.predicted_at)
         return PolicyOutputs(*target_logprobs(trunk, hidden, row.targets, temperature))
 
 
@@ -48,7 +48,16 @@ def forward_head(trunk: Trunk, role: Role, row: Row) -> HeadOutputs:
     row = row.to(trunk.device)
     with trunk.computing(role):
         hidden, head = hidden_states(trunk, row), trunk.heads[role.head]
-        return HeadOutputs(head(hidden[row.predicted_at]), head(hidden[row.last]))
+        return HeadOutputs(head(picked(hidden, row.predicted_at)), head(picked(hidden, row.last)))
+
+
+def picked(hidden: Tensor, places: Tensor) -> Tensor:
+    """Hidden states at some places, with the same gradients to the bit every time.
+
+    Not `hidden[places]`: a prompt's last token is picked once for each completion, and on a processor torch adds up the gradients of
+    float32 indexing in the order in which its threads come.
+    """
+    return hidden.index_select(0, places)
 
 
 def hidden_states(trunk: Trunk, row: Row) -> Tensor:
