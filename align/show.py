@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,22 +180,19 @@ def results_table(artifact: Artifact) -> Table:
     for row in policies:
         table.add_column(escape(row["name"]))
 
-    def add(name: str, cells: Iterable[str]) -> None:
-        table.add_row(name, *cells)
-
-    add("score", (_with_interval(row["score"], row["score_interval"]) for row in policies))
-    add(f"better than {first}", (_with_interval(row["difference"], row["difference_interval"]) for row in policies))
-    add("  share of prompts", ("" if row["better_share"] is None else f"{row['better_share']:.0%}" for row in policies))
+    table.add_row("score", *(_with_interval(row["score"], row["score_interval"]) for row in policies))
+    table.add_row(f"better than {first}", *(_with_interval(row["difference"], row["difference_interval"]) for row in policies))
+    table.add_row("  share of prompts", *("" if row["better_share"] is None else f"{row['better_share']:.0%}" for row in policies))
     for name in unseen:
         compared = [row["held_out"][name] for row in policies]
-        add(f"  by {escape(name)}", (_with_interval(each["difference"], each["difference_interval"]) for each in compared))
-    add("KL, nats", ("not known" if row["kl"] is None else f"{row['kl']:.1f}" for row in policies))
-    add("tokens", (f"{row['length']:.0f}" for row in policies))
-    add("ends its turn", (f"{row['ended']:.0%}" for row in policies))
+        table.add_row(f"  by {escape(name)}", *(_with_interval(each["difference"], each["difference_interval"]) for each in compared))
+    table.add_row("KL, nats", *("not known" if row["kl"] is None else f"{row['kl']:.1f}" for row in policies))
+    table.add_row("tokens", *(f"{row['length']:.0f}" for row in policies))
+    table.add_row("ends its turn", *(f"{row['ended']:.0%}" for row in policies))
     for name in labelled:
-        add(f"declines {name}", ("{declined}/{answers}".format(**row["declined"][name]) for row in policies))
+        table.add_row(f"declines {name}", *("{declined}/{answers}".format(**row["declined"][name]) for row in policies))
     if policies[0].get("instructions"):  # where the prompts carry any
-        add("as instructed", ("{followed}/{answers}".format(**row["instructions"]) for row in policies))
+        table.add_row("as instructed", *("{followed}/{answers}".format(**row["instructions"]) for row in policies))
     return table
 
 

@@ -55,14 +55,14 @@ def run(job: Job) -> Result:
     more: dict[str, Any] = {"reward_funcs": _rewards(job, data)} if settings.trainer in BY_REWARD else {}
     more |= {"teacher_model": _teacher(job)} if settings.trainer in BY_TEACHER else {}
     with _quiet(), bars_of_datasets(False):
-        with _explained(f"{job.name}: TRL's {settings.trainer} trainer refuses this"):
+        with _explained(job.name, f"TRL's {settings.trainer} trainer refuses this"):
             trainer = _make_trainer(job, model, _tokenizer(chat), rows, **more)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         meter = job.meter("loss", "reward", "kl", unit="steps")
         trainer.add_callback(_Report(meter))
         try:
-            with _explained(f"{job.name}: TRL's {settings.trainer} trainer stopped in training"):
+            with _explained(job.name, f"TRL's {settings.trainer} trainer stopped in training"):
                 trainer.train()
         finally:
             meter.close()
@@ -260,10 +260,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(name: str, what: str) -> Iterator[None]:
     """What TRL raises, as a message that names the stage."""
     try:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise AlignError(f"{what}: {said}\n  Change a setting: --set {what.split(':')[0]}.SETTING=...") from error
+        raise AlignError(f"{name}: {what}: {said}\n  Change a setting: --set {name}.SETTING=...") from error
