@@ -21,9 +21,9 @@ from align.chat import Chat, Ids, UnfitMessages
 from align.errors import AlignError
 from align.judge.judgement import Question, Reply
 from align.judge.verdict import from_logprobs, read_reply
-from align.model.forward import CHUNK
 from align.model.generate import SEQUENCES
 from align.model.load import Sampler, load_role, open_trunk
+from align.model.output import CHUNK
 from align.model.tree import Tree, last_hidden_states, trees
 from align.model.trunk import Role, Trunk
 from align.prompts import PromptTemplate

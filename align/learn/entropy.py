@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.model.forward import CHUNK, PolicyOutputs, hidden_states, picked, target_logprobs
+from align.model.forward import PolicyOutputs, hidden_states, picked
+from align.model.output import CHUNK, target_logprobs
 from align.model.packing import Row
 from align.model.trunk import Role, Trunk
 

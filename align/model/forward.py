@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.checkpoint import checkpoint
 
 from align.model.attention import Blocks, cut
+from align.model.output import target_logprobs
 from align.model.packing import Row
 
 if TYPE_CHECKING:
     from align.model.trunk import Role, Trunk
-
-CHUNK = 64  # predicted tokens whose logits are in memory at one time: few enough to stay in the processor's caches
 
 
 class PolicyOutputs(NamedTuple):
@@ -116,76 +114,3 @@ def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
             sequence.setdefault(place, (number, column))
     numbers, columns = zip(*(sequence[place] for place in range(len(row.ids))), strict=True)
     return hidden[list(numbers), list(columns)]
-
-
-def target_logprobs(trunk: Trunk, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log softmax(logits / temperature) at the targets, and the entropy, a chunk of tokens at a time.
-
-    Args:
-        trunk: gives the output layer.
-        hidden: what predicts each target. Shape (predicted, hidden).
-        targets: token ids. Shape (predicted,).
-        temperature: divides the logits.
-    """
-    layer, softcap = trunk.output_layer, trunk.softcap
-    frozen = isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and layer.bias is None
-    if frozen:
-        return _FrozenHead.apply(hidden, layer.weight, targets, temperature, softcap)
-
-    def chunk_logprobs(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logits = layer(h).float()
-        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-        logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
-        return logprobs.gather(1, t[:, None])[:, 0], entropy
-
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    parts = [checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in chunks]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities through a frozen output layer, keeping neither logits nor probabilities.
-
-    log p_t depends on hidden state h_t alone, so its gradient J_t = W^T (onehot - softmax) / temperature is made in the
-    forward pass, where the softmax is at hand; the backward pass only scales it. J takes (predicted, hidden), not (predicted, vocab).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None):
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy = torch.full_like(logprobs, float("nan"))
-        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = (min(CHUNK, len(targets)), len(weight))
-        products = hidden.new_empty(size)  # filled anew by every chunk, as the next two: fresh memory costs more than what is done in it
-        every = torch.empty(size, dtype=torch.float32, device=hidden.device)
-        spare = torch.empty_like(every) if jacobian is None else every
-        for start in range(0, len(targets), CHUNK):
-            part, at = slice(start, start + CHUNK), targets[start : start + CHUNK, None]
-            logits = every[: len(at)].copy_(torch.mm(hidden[part], weight.T, out=products[: len(at)]))
-            if softcap:
-                slope = 1 - logits.div_(softcap).tanh_() ** 2
-                logits.mul_(softcap)
-            if temperature != 1:
-                logits.div_(temperature)
-            # log softmax, not torch's own: that is off by 1e-5, by a faster exp
-            logits.sub_(logits.amax(-1, keepdim=True))
-            of_targets = logits.gather(1, at)[:, 0]
-            weights = torch.exp(logits, out=spare[: len(at)])
-            total = weights.sum(-1)
-            logprobs[part] = of_targets - total.log()
-            if jacobian is None:
-                entropy[part] = total.log() - torch.linalg.vecdot(weights, logits) / total
-                continue
-            difference = weights.div_(total[:, None])  # softmax - onehot
-            difference.scatter_add_(1, at, -torch.ones_like(at, dtype=difference.dtype))
-            difference = difference.mul_(slope) if softcap else difference
-            jacobian[part] = torch.mm(products[: len(at)].copy_(difference), weight).div_(-temperature)
-        ctx.save_for_backward(jacobian)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        (jacobian,) = ctx.saved_tensors
-        return (grad[:, None] * jacobian).to(jacobian.dtype), None, None, None, None

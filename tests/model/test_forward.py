@@ -8,7 +8,7 @@ from conftest import make_model
 from peft import LoraConfig, TaskType, get_peft_model
 
 from align.errors import AlignError
-from align.model.forward import forward, forward_head, picked, target_logprobs
+from align.model.forward import forward, forward_head, picked
 from align.model.packing import Example, make_row, pack
 from align.model.trunk import Head, Role, Trunk
 from align.settings import Lora
@@ -229,44 +229,6 @@ def test_a_model_that_scales_its_logits_is_exact_or_refused(kind, changes):
         except AlignError:
             return
         torch.testing.assert_close(forward(trunk, Role(), make_row(examples)).logprobs, expected, atol=1e-5, rtol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_output_layer_gives_what_autograd_through_the_logits_gives(frozen, softcap, temperature):
-    """More tokens than one chunk. Frozen, the gradient is made in the forward pass; else chunks are computed again."""
-    trunk = Trunk(make_model(tie_word_embeddings=False))
-    trunk.softcap = softcap
-    weight = trunk.output_layer.weight.requires_grad_(not frozen)
-    generator = torch.Generator().manual_seed(0)
-    hidden = (2 * torch.randn(300, 64, generator=generator)).requires_grad_(True)
-    targets, scale = torch.randint(261, (300,), generator=generator), torch.randn(300, generator=generator)
-    logits = hidden @ weight.T
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = torch.log_softmax(logits / temperature, -1)
-    expected_entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
-    wanted = {"hidden": hidden} | ({} if frozen else {"weight": weight})
-    (expected.gather(1, targets[:, None])[:, 0] * scale).sum().backward()
-    expected_gradients = gradients(wanted)
-    logprobs, entropy = target_logprobs(trunk, hidden, targets, temperature)
-    (logprobs * scale).sum().backward()
-    torch.testing.assert_close(logprobs, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-6)
-    assert_equal_gradients(gradients(wanted), expected_gradients)
-    assert not entropy.requires_grad
-    with torch.no_grad():
-        again, entropy = target_logprobs(trunk, hidden.detach(), targets, temperature)
-    assert torch.equal(again, logprobs)
-    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
-
-
-def test_an_output_layer_with_a_bias_is_used_whole():
-    trunk = Trunk(make_model(tie_word_embeddings=False))
-    trunk.output_layer.bias = torch.nn.Parameter(torch.randn(261), requires_grad=False)
-    hidden, targets = torch.randn(10, 64), torch.arange(10)
-    expected = torch.log_softmax(hidden @ trunk.output_layer.weight.T + trunk.output_layer.bias, -1)
-    logprobs, _ = target_logprobs(trunk, hidden, targets, 1.0)
-    torch.testing.assert_close(logprobs, expected[torch.arange(10), targets], atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
