@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.errors import AlignError
@@ -18,6 +19,7 @@ SEQUENCES = 128  # decoded side by side: on a processor few more take a step as 
 ROOM = 1e9  # bytes of keys and values, or as many as the weights have: of long prompts there are fewer at a time
 REFILL = 16  # free places that are worth a pass over further prompts
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before one is drawn
+FEW = 256  # tokens; a product of more is as fast either way round
 
 
 class Completion(NamedTuple):
@@ -134,6 +136,26 @@ def bytes_of_a_token(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def suit_to_few_tokens(model: PreTrainedModel) -> None:
+    """Have a model that only samples make the products of a decoding step as (W x^T)^T, in float32 on a processor.
+
+    They are the same products. With the weights as the left side, which is the long one, they take about two thirds of the time.
+    """
+    if model.device.type == "cpu" and model.dtype == torch.float32:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.forward = partial(_turned, module.weight, module.bias)  # type: ignore[method-assign]
+
+
+def _turned(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW:
+        return nn.functional.linear(x, weight, bias)
+    output = torch.mm(weight, rows.T).T
+    output = output if bias is None else output + bias
+    return output.view(*x.shape[:-1], -1)
 
 
 def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from align.base import Base, loading_explained, local_model
 from align.chat import Chat
 from align.errors import AlignError
 from align.model.forward import forward, forward_head
-from align.model.generate import Completion, sample
+from align.model.generate import Completion, sample, suit_to_few_tokens
 from align.model.packing import Example, make_row
 from align.model.trunk import Head, Role, Trunk, native_dtype
 from align.progress import say
@@ -225,6 +225,8 @@ class Sampler:
         """Make the copy, which shares everything with the trunk but the adapted weights."""
         self.trunk = trunk
         self.copy = trunk.merged_copy() if merged and trunk.peft is not None and trunk.can_merge() else None
+        if self.copy is not None:
+            suit_to_few_tokens(self.copy)
 
     def sample(self, role: Role, prompts: Sequence[Sequence[int]], *arguments: Any, **keywords: Any) -> list[list[Completion]]:
         """See `align.model.generate.sample`. Rounding makes the copy's law differ a little; log-probabilities are recomputed."""

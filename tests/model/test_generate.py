@@ -6,7 +6,7 @@ from conftest import make_model
 from transformers import GenerationConfig
 
 from align.model.attention import NAME
-from align.model.generate import REFILL, SEQUENCES, bytes_of_a_token, sample
+from align.model.generate import FEW, REFILL, SEQUENCES, bytes_of_a_token, sample, suit_to_few_tokens
 from align.model.load import Sampler
 from align.model.slots import Slots
 from align.model.trunk import Role, Trunk
@@ -179,6 +179,25 @@ def test_a_trunk_samples_from_the_role_it_is_switched_to():
         trunk.merge_into(copy, role)
         merged = sample(copy, PROMPTS, 2, 8, 1.0, STOPS, seed=0)
         assert [[c.ids for c in of_prompt] for of_prompt in merged] == [[c.ids for c in of_prompt] for of_prompt in through_adapters]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_few_tokens_are_the_same_the_other_way_round(bias):
+    model = make_model(attention_bias=bias)
+    layer = model.get_decoder().layers[0].self_attn.q_proj
+    inputs = [torch.randn(*shape, 64) for shape in ((1, 1), (1, FEW), (1, FEW + 1), (3, 2))]
+    expected = [torch.nn.functional.linear(x, layer.weight, layer.bias) for x in inputs]
+    suit_to_few_tokens(model)
+    assert "forward" in vars(layer)
+    assert (layer.bias is not None) == bias
+    for x, plain in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(layer(x), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_products_are_left_alone():
+    model = make_model().to(torch.bfloat16)
+    suit_to_few_tokens(model)
+    assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
 def test_a_trunk_whose_activations_are_checkpointed_samples_the_same():
