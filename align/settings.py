@@ -136,6 +136,8 @@ class DPOSettings(Training):
 class PPOSettings(Optimiser):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a KL penalty to the reference."""
 
+    revision = 2
+
     lora: Lora = Field(Lora(), description="Adapter settings. PPO always trains an adapter, so that every role shares one base.")  # type: ignore[assignment]
 
     # The rounds
@@ -157,7 +159,7 @@ class PPOSettings(Optimiser):
         description="How advantages are estimated. gae: with a learned value, 1506.02438; the others load and train no value. "
         "rloo: score less the mean of the prompt's other completions, 2402.14740; grpo: distance from the prompt's mean in standard "
         "deviations, each completion counting alike, 2402.03300; dr_grpo: grpo without both divisions, 2503.20783; "
-        "reinforce++: the rest of the rewards, whitened over the round, 2501.03262.",
+        "reinforce++: the rest of the rewards, normalised over the round, 2501.03262.",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     gae_lambda: float = Field(
@@ -170,7 +172,8 @@ class PPOSettings(Optimiser):
     compare_completions: bool = Field(
         True,
         description="Subtract from each score the mean score of the prompt's other completions (RLOO's baseline, 2402.14740): "
-        "no bias, and what only the prompt decides is no noise. Needs 2 or more completions of each prompt. Of gae and reinforce++.",
+        "no bias, and what only the prompt decides is no noise. Advantages are then scaled over the round, and not shifted to mean 0 as "
+        "well (whitened). Needs 2 or more completions of each prompt. Of gae and reinforce++.",
     )
     centre_scores: bool = Field(
         False, description="Subtract the mean score of the first round: of the policy as it begins. Reward models are centred already."

@@ -50,6 +50,20 @@ def whiten(numbers: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
     return torch.zeros_like(numbers).masked_scatter(mask, white + counted.mean() if keep_mean else white)
 
 
+def scale(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Divide by the root mean square over the tokens that count, so that 0 stays 0; 0 elsewhere.
+
+    For what is centred already. Whitening's shift to the mean would give every token of a prompt whose completions all earned the
+    same a small gradient of noise, and Adam, which divides by the gradient's size, a step as large as the one for a success.
+
+    Args:
+        numbers: any shape.
+        mask: True where a token counts. The same shape.
+    """
+    size = torch.rsqrt(numbers[mask].square().mean() + 1e-8)
+    return torch.where(mask, numbers * size, torch.zeros_like(numbers))
+
+
 # With a value -----------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from align.learn.advantages import (
     minus_mean_of_others,
     reinforce_plus_plus,
     rloo,
+    scale,
     token_rewards,
     token_weights,
     whiten,
@@ -123,7 +124,8 @@ def estimate_advantages(rollouts: Sequence[Rollout], scores: Tensor, kl_coef: fl
     elif settings.estimator in ("grpo", "dr_grpo"):
         advantages = grpo(scores, mask, group, by_deviation=settings.estimator == "grpo")
     else:
-        scores = minus_mean_of_others(scores, group) if settings.compare_completions else scores
+        centred = settings.compare_completions and group > 1
+        scores = minus_mean_of_others(scores, group) if centred else scores
         if settings.on_cut == "bootstrap":
             after = torch.cat([r.values_after for r in rollouts])
             scores = torch.where(ended(rollouts), scores, settings.gamma * after)
@@ -134,7 +136,8 @@ def estimate_advantages(rollouts: Sequence[Rollout], scores: Tensor, kl_coef: fl
             advantages, returns = generalised_advantages(rewards, values, mask, settings.gamma, settings.gae_lambda)
         else:
             advantages = reinforce_plus_plus(rewards, mask, settings.gamma)
-        advantages = whiten(advantages, counted) if counted.any() else torch.zeros_like(advantages)
+        normalised = scale if centred else whiten
+        advantages = normalised(advantages, counted) if counted.any() else torch.zeros_like(advantages)
     weights = token_weights(settings.estimator, counted, settings.max_new_tokens)
     sizes = [sum(r.lengths) for r in rollouts]
     for name, numbers in (("advantages", advantages), ("weights", weights), ("returns", returns)):

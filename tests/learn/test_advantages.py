@@ -11,6 +11,7 @@ from align.learn.advantages import (
     minus_mean_of_others,
     reinforce_plus_plus,
     rloo,
+    scale,
     token_rewards,
     token_weights,
     whiten,
@@ -72,6 +73,15 @@ def test_whitening_counts_only_the_mask():
     assert abs(float(white[mask].mean())) < 1e-5
     assert abs(float(white[mask].var(unbiased=False)) - 1) < 1e-4
     assert float(white[~mask].abs().sum()) == 0
+
+
+def test_scaling_counts_only_the_mask_and_leaves_0_where_it_was():
+    """3, 0, 4 have the root mean square 5 / sqrt(3); what is not counted is 0 however large it was."""
+    mask = torch.tensor([[True, True], [True, False]])
+    scaled = scale(torch.tensor([[3.0, 0.0], [-4.0, 1e6]]), mask)
+    torch.testing.assert_close(scaled, torch.tensor([[3.0, 0.0], [-4.0, 0.0]]) * 3**0.5 / 5)
+    assert scaled[0, 1] == 0
+    assert scale(torch.zeros(2, 2), mask).abs().sum() == 0
 
 
 def test_k3_is_never_negative_and_0_only_where_the_policies_agree():

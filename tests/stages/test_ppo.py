@@ -24,7 +24,7 @@ from ppo_session import (
 from safetensors import safe_open
 
 from align.learn.prompts import prompts_of_round
-from align.learn.rollouts import score_rollouts
+from align.learn.rollouts import estimate_advantages, score_rollouts
 from align.learn.session import VALUE
 from align.learn.updates import minibatches, update_step
 from align.model.forward import forward, forward_head
@@ -308,8 +308,9 @@ def test_no_prompt_comes_again_before_all_have_come():
         {"on_cut": "leave_out"},
     ],
 )
-def test_advantages_of_a_round_are_the_brute_force_sums_whitened(changes, chat):
-    """A_t = sum over k of (gamma lambda)^k delta_{t+k}, completion by completion; mean 0 and variance 1 over what counts."""
+def test_advantages_of_a_round_are_the_brute_force_sums_whitened_or_scaled(changes, chat):
+    """A_t = sum over k of (gamma lambda)^k delta_{t+k}, completion by completion; scaled to 1 over what counts, with mean 0 where
+    scores were not compared within their prompt."""
     session = open_tiny(chat, **changes)
     trunk = trunk_of(session)
     randomise(trunk, "ppo", seed=8)
@@ -352,11 +353,28 @@ def test_advantages_of_a_round_are_the_brute_force_sums_whitened(changes, chat):
     raw, counted = torch.tensor(raw), torch.tensor(counted)
     found, weights = torch.cat([r.advantages for r in rollouts]), torch.cat([r.weights for r in rollouts])
     assert torch.equal(weights > 0, counted)
-    expected = (raw - raw[counted].mean()) / raw[counted].std(unbiased=False)
+    shifted = raw if settings.compare_completions else raw - raw[counted].mean()
+    expected = shifted / shifted[counted].square().mean().sqrt()
     torch.testing.assert_close(found[counted], expected[counted], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat([r.returns for r in rollouts]), torch.tensor(returns), atol=1e-5, rtol=1e-5)
-    assert float(found[counted].mean()) == pytest.approx(0, abs=1e-6)
-    assert float(found[counted].var(unbiased=False)) == pytest.approx(1, abs=1e-4)
+    assert float(found[counted].square().mean()) == pytest.approx(1, abs=1e-4)
+    assert (abs(float(found[counted].mean())) < 1e-6) == (not settings.compare_completions)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce++"])
+def test_a_prompt_whose_completions_all_score_alike_teaches_nothing(estimator, chat):
+    """Before the value has learned anything: its advantages are exactly 0, whatever the others' are."""
+    session = open_tiny(chat, estimator=estimator, kl_coef=0.0)
+    rollouts, _, scores = rollouts_of(session)
+    group = session.settings.completions_per_prompt
+    for rollout in rollouts:
+        rollout.old_values = torch.zeros_like(rollout.old_values)
+    final = torch.full_like(scores.final, 0.3)
+    final[0] = 1.3  # one success, of the first prompt
+    estimate_advantages(rollouts, final, 0.0, session.settings)
+    assert group > 1
+    assert rollouts[0].advantages.abs().min() > 0
+    assert all(rollout.advantages.abs().max() == 0 for rollout in rollouts[1:])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[1:])
