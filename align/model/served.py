@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class ServedSampler:
         """
         self.url, self.trunk, self.below, self.seconds = url.rstrip("/"), trunk, list(below), seconds
         self.folder = Path(tempfile.mkdtemp(prefix="align-served-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.loaded: str | None = None
         self.rounds = 0
         self._ask("models", None)

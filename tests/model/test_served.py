@@ -1,5 +1,6 @@
 """A policy sampled by a server: a real one over HTTP, with vLLM's interface and the tiny model behind it."""
 
+import gc
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,6 +121,11 @@ def test_the_server_samples_the_policy_as_it_is_now(server, trunk, tmp_path):
     (request,) = [body for what, body in server.asked if what == "completions"][:1]
     assert (request["top_p"], request["top_k"], request["min_p"], request["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
     assert request["stop_token_ids"] == [1]
+    folder = sampler.folder
+    assert sorted(path.name for path in folder.iterdir()) == sorted([handed[1][1], "own"])
+    del sampler
+    gc.collect()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
