@@ -100,12 +100,13 @@ def _in_tiles(
         before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
         shrink = (before - largest).exp()
         weights = torch.exp(logits.sub_(largest), out=spare[:, used])
-        if not wanted:
-            below = shrink * (below + total * (before - largest)) + torch.linalg.vecdot(weights, logits)[:, None]
-        total = shrink * total + weights.sum(-1, keepdim=True)
+        added = weights.sum(-1, keepdim=True)
         if wanted:
             pull = weights.mul_(slope) if softcap else weights
             pulled.mul_(shrink).add_(torch.mm(products[:, used].copy_(pull) if products is not every else pull, tile))
+        else:
+            below = shrink * (below + total * (before - largest)) + torch.linalg.vecdot(weights, logits)[:, None]
+        total = shrink * total + added
     logprobs = (of_target - largest - total.log())[:, 0]
     if not wanted:
         return logprobs, (total.log() - below / total)[:, 0], pulled
