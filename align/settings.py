@@ -144,13 +144,15 @@ class PPOSettings(Optimiser):
     learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the policy's adapter.")
     value_learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate of the value adapter and head.")
     iterations: int = Field(12, ge=1, description="Rounds of sampling and updating.")
-    prompts_per_iteration: int = Field(12, ge=1, description="Prompts sampled in one round.")
-    completions_per_prompt: int = Field(4, ge=1, description="Completions of each prompt; its tokens are computed once.")
+    prompts_per_iteration: int = Field(6, ge=1, description="Prompts sampled in one round.")
+    completions_per_prompt: int = Field(
+        8, ge=1, description="Completions of each prompt; its tokens are computed once, and its completions compared."
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are left out, and counted.")
     temperature: float = Field(0.7, gt=0, le=5, description="Sampling temperature; every log-probability uses it too.")
-    epochs: int = Field(2, ge=1, description="Passes over a round's rollouts.")
-    minibatches: int = Field(3, ge=1, description="Optimizer steps in each of those passes.")
+    epochs: int = Field(1, ge=1, description="Passes over a round's rollouts.")
+    minibatches: int = Field(6, ge=1, description="Optimizer steps in each of those passes; at most one for every prompt.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the rounds over which the learning rates rise from 0.")
 
     # From scores to advantages

@@ -21,6 +21,7 @@ SHORT = [
     "sft.batch_size=48",
     "reward.epochs=0.3",
     "ppo.iterations=2",
+    "ppo.minibatches=1",
     "sft.row_tokens=1024",
     "reward.row_tokens=1024",
     "ppo.row_tokens=1024",

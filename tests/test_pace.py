@@ -35,15 +35,36 @@ def test_another_recipe_goes_at_the_pace_of_the_same_kind_of_stage(tiny_base, da
     for name, seconds in {"sft": 120.0, "ppo": 60.0, "evaluate": 30.0, "dpo": 9.9}.items():
         pace.remember(plans[name], "float32", seconds)
     other = small_recipe(tiny_base, data, name="other")
-    for text in ("sft.epochs=4.0", "ppo.max_new_tokens=6", "evaluate.best_of=4"):
+    for text in ("sft.epochs=4.0", "ppo.max_new_tokens=6", "ppo.epochs=4", "evaluate.best_of=4"):
         other.override(text)
     others = plans_of(other, tmp_path / "other")
     expected = {name: pace.expected_seconds(planned, "float32") for name, planned in others.items()}
     assert expected["sft"] == pytest.approx(120 * 4.0 / plans["sft"].stage.settings.epochs)
-    assert expected["ppo"] == pytest.approx(30)
+    assert expected["ppo"] == pytest.approx(60)  # half as long completions; four passes, sampled and scored, for one
     assert expected["evaluate"] == pytest.approx(60)  # four policies' answers, and four of one more
     assert expected["reward"] is expected["dpo"] is None  # one never made, one too short to tell
     assert pace.expected_seconds(others["sft"], "bfloat16") is None
+
+
+def test_a_round_that_became_longer_is_expected_to_take_longer(tiny_base, data, finished):
+    recipe = small_recipe(tiny_base, data)
+    took = plans_of(recipe, finished)["ppo"].former.facts["seconds"]
+    recipe.override("ppo.prompts_per_iteration=8")  # was 4
+    assert pace.expected_seconds(plans_of(recipe, finished)["ppo"], "float32") == pytest.approx(2 * took)
+
+
+def test_of_the_last_stages_of_a_kind_the_long_ones_count_most(tiny_base, data, tmp_path, monkeypatch):
+    """A tenth of the work in a third of the time counts as a tenth; of seven stages the last five are remembered."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    recipe, short = small_recipe(tiny_base, data), small_recipe(tiny_base, data)
+    whole = plans_of(recipe, tmp_path / "run")["sft"]
+    short.override(f"sft.epochs={whole.stage.settings.epochs / 10}")
+    for _ in range(3):
+        pace.remember(whole, "float32", 900.0)
+    for _ in range(3):
+        pace.remember(whole, "float32", 300.0)
+    pace.remember(plans_of(short, tmp_path / "run")["sft"], "float32", 100.0)
+    assert pace.expected_seconds(whole, "float32") == pytest.approx((900 + 3 * 300 + 100) / 4.1)
 
 
 @pytest.mark.parametrize("override", ["sft.lora=none", "ppo.estimator=rloo"])
