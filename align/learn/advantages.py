@@ -45,9 +45,9 @@ def whiten(numbers: Tensor, mask: Tensor, keep_mean: bool = False) -> Tensor:
         mask: True where a token counts. The same shape.
         keep_mean: add the mean back: rewards keep their sign (Ziegler et al. 2019).
     """
-    counted = numbers[mask]
-    white = (counted - counted.mean()) * torch.rsqrt(counted.var(unbiased=False) + 1e-8)
-    return torch.zeros_like(numbers).masked_scatter(mask, white + counted.mean() if keep_mean else white)
+    mean = numbers[mask].mean()
+    white = scale(numbers - mean, mask)
+    return torch.where(mask, white + mean, white) if keep_mean else white
 
 
 def scale(numbers: Tensor, mask: Tensor) -> Tensor:
