@@ -3,9 +3,9 @@
 The second reward model, from another seed, scores the comparison too: it tells a better policy from one that has only learned
 its own reward model's mistakes. So does the best of four of SFT's answers, the plainest way to earn reward.
 
-To expect, from a run with PPO's former defaults on two cores with bfloat16 (13 minutes, 66 held-out prompts): PPO over SFT +0.11 (95% +0.03 to +0.20) by the
-reward model it learned from, better on 68% of prompts, and +0.14 (+0.06 to +0.22) by the unseen one, at a KL of 4.0 nats; the best
-of four +0.14 (+0.06 to +0.23) and +0.13 (+0.04 to +0.21), at 0.6.
+To expect, from a run with the former defaults of PPO on two cores with bfloat16 (13 minutes, 66 held-out prompts): PPO over SFT +0.11
+(95% +0.03 to +0.20) by the reward model it learned from, better on 68% of prompts, and +0.14 (+0.06 to +0.22) by the unseen one, at a
+KL of 4.0 nats; the best of four +0.14 (+0.06 to +0.23) and +0.13 (+0.04 to +0.21), at 0.6.
 
 Your own data: --set sft.data=FILE, --set reward.preferences=FILE, --set ppo.prompts=FILE. Another base: --set recipe.base=...
 """

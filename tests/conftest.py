@@ -198,6 +198,9 @@ def small_recipe(base, data, name="small", **recipe_settings):
         lora=lora,
         iterations=3,
         prompts_per_iteration=4,
+        completions_per_prompt=4,
+        epochs=2,
+        minibatches=3,
         max_new_tokens=12,
         row_tokens=64,
     )

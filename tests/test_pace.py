@@ -35,12 +35,12 @@ def test_another_recipe_goes_at_the_pace_of_the_same_kind_of_stage(tiny_base, da
     for name, seconds in {"sft": 120.0, "ppo": 60.0, "evaluate": 30.0, "dpo": 9.9}.items():
         pace.remember(plans[name], "float32", seconds)
     other = small_recipe(tiny_base, data, name="other")
-    for text in ("sft.epochs=4.0", "ppo.max_new_tokens=6", "ppo.epochs=4", "evaluate.best_of=4"):
+    for text in ("sft.epochs=4.0", "ppo.max_new_tokens=6", "ppo.epochs=6", "evaluate.best_of=4"):
         other.override(text)
     others = plans_of(other, tmp_path / "other")
     expected = {name: pace.expected_seconds(planned, "float32") for name, planned in others.items()}
     assert expected["sft"] == pytest.approx(120 * 4.0 / plans["sft"].stage.settings.epochs)
-    assert expected["ppo"] == pytest.approx(60)  # half as long completions; four passes, sampled and scored, for one
+    assert expected["ppo"] == pytest.approx(60)  # half as long completions; six passes, sampled and scored, for two
     assert expected["evaluate"] == pytest.approx(60)  # four policies' answers, and four of one more
     assert expected["reward"] is expected["dpo"] is None  # one never made, one too short to tell
     assert pace.expected_seconds(others["sft"], "bfloat16") is None

@@ -30,6 +30,8 @@ def run(smollm2, tmp_path_factory):
         iterations=1,
         prompts_per_iteration=4,
         completions_per_prompt=2,
+        epochs=2,
+        minibatches=3,
         max_new_tokens=24,
     )
     heldout = first_rows("heldout_prompts.jsonl", 4, folder)

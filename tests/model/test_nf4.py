@@ -70,7 +70,15 @@ def test_every_stage_runs_on_a_base_in_four_bits(tiny_base, data, tmp_path):
     sft = recipe.sft(data=data / "chat.jsonl", lora=lora, **SMALL)
     reward = recipe.reward(policy=sft, preferences=data / "preferences.jsonl", lora=lora, **SMALL)
     dpo = recipe.dpo(policy=sft, preferences=data / "preferences.jsonl", lora=lora, **SMALL)
-    rounds = {"iterations": 2, "prompts_per_iteration": 3, "max_new_tokens": 6, "row_tokens": 64}
+    rounds = {
+        "iterations": 2,
+        "prompts_per_iteration": 3,
+        "completions_per_prompt": 4,
+        "epochs": 2,
+        "minibatches": 3,
+        "max_new_tokens": 6,
+        "row_tokens": 64,
+    }
     ppo = recipe.ppo(policy=sft, reward_model=reward, prompts=data / "prompts.jsonl", lora=lora, **rounds)
     recipe.evaluate(policies=[sft, dpo, ppo], reward_model=reward, prompts=data / "heldout.jsonl", max_new_tokens=6)
     run = recipe.run(tmp_path / "run")

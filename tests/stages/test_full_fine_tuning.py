@@ -17,7 +17,16 @@ from align.model.trunk import Role, Trunk
 
 FULL = {"lora": None, "batch_size": 4, "row_tokens": 64, "learning_rate": 1e-3, "holdout": 0.2}
 LORA = {"lora": Lora(rank=4), "batch_size": 4, "row_tokens": 64, "holdout": 0.2}
-PPO = {"lora": Lora(rank=4), "iterations": 1, "prompts_per_iteration": 2, "max_new_tokens": 4, "row_tokens": 64}
+PPO = {
+    "lora": Lora(rank=4),
+    "iterations": 1,
+    "prompts_per_iteration": 2,
+    "completions_per_prompt": 4,
+    "epochs": 2,
+    "minibatches": 3,
+    "max_new_tokens": 4,
+    "row_tokens": 64,
+}
 ROW = make_row([Example(0, (3, 50, 51, 4), ((60, 61, 1), (62,)))])
 
 

@@ -26,7 +26,16 @@ from align.report.facts import run_facts
 from align.run import Job
 from align.stages import ppo
 
-SMALL = {"lora": Lora(rank=4), "iterations": 2, "prompts_per_iteration": 3, "max_new_tokens": 6, "row_tokens": 64}
+SMALL = {
+    "lora": Lora(rank=4),
+    "iterations": 2,
+    "prompts_per_iteration": 3,
+    "completions_per_prompt": 4,
+    "epochs": 2,
+    "minibatches": 3,
+    "max_new_tokens": 6,
+    "row_tokens": 64,
+}
 
 
 def length(prompt, completion, row):
@@ -271,7 +280,8 @@ def test_a_failing_function_is_told_with_file_and_line_and_no_traceback(tiny_bas
         f"recipe = Recipe('fails', base={str(tiny_base)!r}, dtype='float32')\n"
         "def picky(prompt, completion, row):\n    return {'a': 1.0}[row['answer']]\n"
         f"recipe.ppo(policy=recipe.load({str(small_run / 'sft')!r}), prompts={str(questions)!r}, reward=picky, iterations=2,\n"
-        "           prompts_per_iteration=3, max_new_tokens=6, row_tokens=64, lora=Lora(rank=4))\n"
+        "           prompts_per_iteration=3, completions_per_prompt=4, epochs=2, minibatches=3, max_new_tokens=6,\n"
+        "           row_tokens=64, lora=Lora(rank=4))\n"
         "if __name__ == '__main__':\n    recipe.main()\n"
     )
     ended = align("run", script, "--out", "run", folder=tmp_path)
