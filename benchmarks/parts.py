@@ -3,8 +3,8 @@
     python benchmarks/parts.py                   about 5 minutes on two cores with bfloat16; writes runs/parts.png
     python benchmarks/parts.py --only dpo
 
-The stages are those of trl_training.py: HH pairs, SmolLM2, adapters of rank 16. Products are told apart by their shapes: one side as
-long as the vocabulary is the output layer's, one as narrow as the adapters' rank is an adapter's. `useful` is the share of that time
+The stages are those of trl_training.py: HH pairs, SmolLM2, adapters of rank 16. An operator belongs to the part that called it; the
+adapters' products are told from the base's by one side as narrow as their rank. `useful` is the share of that time
 which the arithmetic of trl_training.py would take at the machine's measured rate of products.
 """
 
@@ -18,19 +18,23 @@ from pathlib import Path
 from process import measured
 from trl_training import KINDS, SOURCE, ours, products_rate, rows, useful_operations
 
-RANKS, VOCABULARY = (16, 32), 49152  # of one adapter, and of two side by side; of SmolLM2
-PARTS = ("the base's products", "the adapters' products", "the output layer", "attention", "everything else")
-OF_ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "masked_fill_", "index_select")
+RANKS = (16, 32)  # of one adapter, and of two side by side
+PARTS = ("the base's products", "the adapters", "the output layer", "attention", "everything else")
+WHOLE = {"_FrozenHead": PARTS[2], "_RowAttention": PARTS[3], "_Adapted": PARTS[1]}
 
 
-def part(name: str, shapes: list) -> str:
-    """Which part of the model an operator belongs to."""
-    operator, sizes = name.removeprefix("aten::"), [size for shape in shapes if isinstance(shape, list) for size in shape]
-    if VOCABULARY in sizes:
-        return PARTS[2]
-    if operator in ("mm", "addmm", "addmm_"):
-        return PARTS[1] if any(size in RANKS for size in sizes) else PARTS[0]
-    return PARTS[3] if operator in OF_ATTENTION or "RowAttention" in operator else PARTS[4]
+def part(event) -> str:
+    """Which part of the model an operator belongs to: that of the function it was called by."""
+    sizes = [size for shape in event.input_shapes or () if isinstance(shape, list) for size in shape]
+    caller = event
+    while caller is not None:
+        found = WHOLE.get(caller.name.removesuffix("Backward"))
+        if found == PARTS[1] and event.name == "aten::mm" and not any(size in RANKS for size in sizes):
+            return PARTS[0]
+        if found:
+            return found
+        caller = caller.cpu_parent
+    return PARTS[4]
 
 
 def profiled(kind: str, count: int) -> dict:
@@ -43,8 +47,8 @@ def profiled(kind: str, count: int) -> dict:
         def call(*arguments):
             with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
                 result = function(*arguments)
-            for event in found.key_averages(group_by_input_shape=True):
-                spent[part(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e6
+            for event in found.events():
+                spent[part(event)] += event.self_cpu_time_total / 1e6
             return result
 
         return call

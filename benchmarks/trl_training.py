@@ -109,7 +109,7 @@ def ours(kind: str, count: int, folder: Path, quantize: str | None = None) -> di
     recipe = Recipe("benchmark", base="embedded", quantize=quantize)
     settings = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
     if kind == "sft":
-        recipe.sft(data=data, **settings)
+        recipe.sft(data=data, train_on="last", **settings)  # as TRL learns of a prompt and its completion
     else:
         getattr(recipe, kind)(preferences=data, **settings)
     run = recipe.run(folder / "run")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from align.model.packing import Segment
 
 NAME = "align_packed"
+QUERIES = 128  # of a block, about
 SMALL = 4096  # scores that cost less than the products they would take by themselves
 
 
@@ -106,12 +108,20 @@ class Blocks:
 
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
-    """Cut a row of examples into blocks."""
+    """Cut a row of examples into blocks: a prompt with its first completion, and every further completion after that prompt.
+
+    A long one is several blocks of its own, each of which sees what came before and itself, so that little of it is hidden.
+    """
     blocks: list[tuple[list[int], list[int]]] = []
     for segment in segments:
         prompt = [*range(segment.prompt.start, segment.prompt.stop)]
-        own = [[*range(completion.start, completion.stop)] for completion in segment.completions]
-        blocks += [(prompt + own[0], prompt + own[0]), *((places, prompt + places) for places in own[1:])]
+        for number, completion in enumerate(segment.completions):
+            sees, first = [*prompt, *range(completion.start, completion.stop)], len(prompt) if number else 0
+            count = max(1, round((len(sees) - first) / QUERIES))
+            ends = [first + (len(sees) - first) * i // count for i in range(count + 1)]
+            for start, stop in pairwise(ends):
+                begin = 0 if window is None else max(0, start - window + 1)
+                blocks.append((sees[start:stop], sees[begin:stop]))
     return grouped(blocks, window, device)
 
 

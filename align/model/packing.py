@@ -1,6 +1,6 @@
 """Packed rows: several examples in one row, the completions of an example sharing its prompt.
 
-Dimension words: `length` tokens in a row, `completion` its completions, `predicted` its completion tokens.
+Dimension words: `length` tokens in a row, `completion` its completions, `predicted` its completion tokens that count.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Segment:
 class Row:
     """Examples laid end to end, with what the forward pass needs to keep them apart.
 
-    The token at `predicted_at[i]` predicts `targets[i]`, which belongs to completion `owner[i]` of the row. Completions are
-    numbered in the order of the examples.
+    The token at `predicted_at[i]` predicts `targets[i]`, which belongs to completion `owner[i]` of the row; a token that does not
+    count, as those of the user's later turns, is nobody's target. Completions are numbered in the order of the examples.
     """
 
     examples: tuple[Example, ...]
@@ -65,7 +65,6 @@ class Row:
     positions: Tensor  # (length,), from 0 in each prompt; every completion goes on from its prompt
     predicted_at: Tensor  # (predicted,) places in the row
     targets: Tensor  # (predicted,) token ids
-    trained_mask: Tensor  # (predicted,) True where a token counts
     owner: Tensor  # (predicted,) number of the completion in the row
     last: Tensor  # (completion,) place of each completion's last token
 
@@ -80,9 +79,8 @@ class Row:
         return Row(**moved)
 
     def sum_per_completion(self, per_token: Tensor) -> Tensor:
-        """Sum (predicted,) numbers over the tokens that count of each completion. Shape (completion,)."""
-        counted = torch.where(self.trained_mask, per_token, torch.zeros_like(per_token))
-        return per_token.new_zeros(len(self.last)).index_add(0, self.owner, counted)
+        """Sum (predicted,) numbers over each completion. Shape (completion,)."""
+        return per_token.new_zeros(len(self.last)).index_add(0, self.owner, per_token)
 
     def tokens_per_completion(self) -> Tensor:
         """Tokens that count in each completion. Shape (completion,)."""
@@ -97,7 +95,6 @@ class _Layout:
     positions: list[int] = field(default_factory=list)
     predicted_at: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
 
@@ -110,10 +107,11 @@ class _Layout:
         for number, completion in enumerate(example.completions):
             begin = len(self.ids)
             completions.append(slice(begin, begin + len(completion)))
-            self.predicted_at += [prompt.stop - 1, *range(begin, begin + len(completion) - 1)]
-            self.targets += completion
-            self.trained += example.trained[number] if example.trained else [True] * len(completion)
-            self.owner += [len(self.last)] * len(completion)
+            before = [prompt.stop - 1, *range(begin, begin + len(completion) - 1)]
+            counted = [i for i in range(len(completion)) if not example.trained or example.trained[number][i]]
+            self.predicted_at += [before[i] for i in counted]
+            self.targets += [completion[i] for i in counted]
+            self.owner += [len(self.last)] * len(counted)
             self.last.append(begin + len(completion) - 1)
             self.ids += completion
             self.positions += range(len(example.prompt), len(example.prompt) + len(completion))
@@ -132,7 +130,7 @@ def make_row(examples: Sequence[Example]) -> Row:
     layout = _Layout()
     segments = tuple(layout.add(example) for example in examples)
     tensors = {name: torch.tensor(value) for name, value in vars(layout).items()}
-    return Row(tuple(examples), segments, trained_mask=tensors.pop("trained"), **tensors)
+    return Row(tuple(examples), segments, **tensors)
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ class Likelihood:
         """The row's share of the loss."""
         logprobs = forward(self.trainee.trunk, self.trainee.role, row).logprobs
         nll = -row.sum_per_completion(logprobs).sum()
-        return nll / totals["tokens"], {"loss": (float(nll.detach()), int(row.trained_mask.sum()))}
+        return nll / totals["tokens"], {"loss": (float(nll.detach()), len(row.targets))}
 
 
 def run(job: Job) -> Result:

@@ -71,8 +71,9 @@ def trunk_and_plain(kind, changes):
 
 
 def padded(examples):
-    """Sequences (ids, mask) padded on the right with token 3, and for each the (sequence, column) of its completion tokens."""
+    """Sequences (ids, mask) padded on the right with token 3, and the (sequence, column) of each completion token that counts."""
     sequences = [(e.prompt, c) for e in examples for c in e.completions]
+    counts = [e.trained[i] if e.trained else [True] * len(c) for e in examples for i, c in enumerate(e.completions)]
     width = max(len(p) + len(c) for p, c in sequences)
     ids = torch.full((len(sequences), width), 3)
     mask = torch.zeros_like(ids)
@@ -80,8 +81,8 @@ def padded(examples):
         length = len(prompt) + len(completion)
         ids[number, :length] = torch.tensor(prompt + completion)
         mask[number, :length] = 1
-    rows = torch.tensor([number for number, (_, c) in enumerate(sequences) for _ in c])
-    columns = torch.tensor([len(p) + k for p, c in sequences for k in range(len(c))])
+    places = [(row, len(prompt) + k) for row, (prompt, _) in enumerate(sequences) for k, counted in enumerate(counts[row]) if counted]
+    rows, columns = torch.tensor(places).unbind(1)
     return ids, mask, rows, columns
 
 
@@ -101,15 +102,8 @@ def plain_head(model, head, examples):
 
 
 def loss_weights(examples, seed=3):
-    """A random weight for every completion token, 0 where it is not trained."""
-    count = sum(len(c) for e in examples for c in e.completions)
-    trained = [
-        counts
-        for e in examples
-        for number, c in enumerate(e.completions)
-        for counts in (e.trained[number] if e.trained else [True] * len(c))
-    ]
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * torch.tensor(trained)
+    """A random weight for every completion token that counts."""
+    return torch.randn(sum(e.trained_tokens for e in examples), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(parameters):
@@ -145,7 +139,6 @@ def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, change
     row = make_row(examples)
     logprobs = forward(trunk, ROLE, row, temperature).logprobs
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)
-    assert torch.equal(row.trained_mask, weights != 0)
     (logprobs * weights).sum().backward()
     assert_equal_gradients(*lora_gradients(trunk, plain))
 
@@ -239,7 +232,7 @@ def test_who_shares_a_row_and_in_which_order_changes_nothing(kind, changes):
     def by_example(rows):
         found = {}
         for row in rows:
-            sizes = [e.tokens - len(e.prompt) for e in row.examples]
+            sizes = [e.trained_tokens for e in row.examples]
             counts = [len(e.completions) for e in row.examples]
             heads = forward_head(trunk, HEAD_ROLE, row)
             parts = zip(forward(trunk, ROLE, row).logprobs.split(sizes), heads.values.split(sizes), heads.scores.split(counts), strict=True)

@@ -43,10 +43,9 @@ def test_a_row_by_hand():
     row = make_row([TWO_COMPLETIONS, ONE_COMPLETION])
     assert row.ids.tolist() == [10, 11, 20, 21, 22, 30, 12, 40, 41]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 2]
-    assert row.predicted_at.tolist() == [1, 2, 3, 1, 6, 7]
-    assert row.targets.tolist() == [20, 21, 22, 30, 40, 41]
-    assert row.owner.tolist() == [0, 0, 0, 1, 2, 2]
-    assert row.trained_mask.tolist() == [False, True, True, True, True, True]
+    assert row.predicted_at.tolist() == [2, 3, 1, 6, 7]  # token 20 does not count
+    assert row.targets.tolist() == [21, 22, 30, 40, 41]
+    assert row.owner.tolist() == [0, 0, 1, 2, 2]
     assert row.last.tolist() == [4, 5, 8]
     assert row.indices == [7, 3]
     assert [(s.prompt, s.completions) for s in row.segments] == [
@@ -60,23 +59,15 @@ def test_a_moved_row_is_the_same_row():
     moved = row.to("cpu")
     assert moved.examples == row.examples
     assert moved.segments == row.segments
-    for name in ("ids", "positions", "predicted_at", "targets", "trained_mask", "owner", "last"):
+    for name in ("ids", "positions", "predicted_at", "targets", "owner", "last"):
         assert torch.equal(getattr(moved, name), getattr(row, name))
 
 
-def test_sums_per_completion_leave_out_what_is_not_trained():
-    """the first completion's first token does not count: 2 + 4, then 8, then 16 + 32."""
+def test_sums_per_completion_are_of_what_counts():
+    """of the first completion two tokens count: 2 + 4, then 8, then 16 + 32."""
     row = make_row([TWO_COMPLETIONS, ONE_COMPLETION])
-    assert row.sum_per_completion(torch.tensor([1.0, 2, 4, 8, 16, 32])).tolist() == [6, 8, 48]
-    assert row.sum_per_completion(torch.tensor([float("-inf"), 2, 4, 8, 16, 32])).tolist() == [6, 8, 48]
+    assert row.sum_per_completion(torch.tensor([2.0, 4, 8, 16, 32])).tolist() == [6, 8, 48]
     assert row.tokens_per_completion().tolist() == [2, 1, 2]
-
-
-def test_no_gradient_reaches_what_is_not_trained():
-    row = make_row([TWO_COMPLETIONS])
-    logprobs = torch.zeros(4, requires_grad=True)
-    row.sum_per_completion(logprobs).sum().backward()
-    assert logprobs.grad.tolist() == [0, 1, 1, 1]
 
 
 def test_counts_of_an_example_by_hand():

@@ -49,12 +49,17 @@ def step(objective, examples, row_tokens):
 
 
 @pytest.mark.parametrize("row_tokens", [24, 1024])
-def test_sft_passes_each_token_once_and_only_replies_through_the_output_layer(chat, counted, row_tokens):
+def test_sft_passes_each_token_once_and_only_what_counts_through_the_output_layer(chat, counted, row_tokens):
     trainee = make_trainee(chat)
     found = counted(trainee.trunk)
+    turns = [Example(e.index, e.prompt, (e.completions[0] + e.completions[1],), ((False, False, *[True] * (i + 3)),)) for i, e in enumerate(EXAMPLES)]
     alone = [Example(e.index, e.prompt, e.completions[:1]) for e in EXAMPLES]
-    rows = step(Likelihood(trainee), alone, row_tokens)
-    assert found == {"passes": rows, "tokens": sum(e.tokens for e in alone), "outputs": sum(len(e.completions[0]) for e in alone)}
+    rows = step(Likelihood(trainee), [*alone, *turns], row_tokens)
+    assert found == {
+        "passes": rows,
+        "tokens": sum(e.tokens for e in alone + turns),
+        "outputs": sum(len(e.completions[0]) for e in alone) + sum(i + 3 for i in range(6)),
+    }
 
 
 @pytest.mark.parametrize("row_tokens", [24, 1024])
