@@ -21,6 +21,7 @@ from align.model.packing import Segment
 
 NAME = "align_packed"
 QUERIES = 128  # of a block, about
+KEPT = 256  # keys a token sees on average, up to which the backward pass finds the attention weights kept
 SMALL = 4096  # scores that cost less than the products they would take by themselves
 
 
@@ -106,6 +107,11 @@ class Blocks:
     query_of: Tensor  # (length,)
     key_of: Tensor  # (length, times) a prompt's place is a key in each of its completions' blocks; padding points past the end
 
+    @property
+    def keys_of_a_query(self) -> float:
+        """How many keys each place sees on average, padding and hidden ones included."""
+        return sum(group.hidden_mask.numel() for group in self.groups) / len(self.query_of)
+
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
     """Cut a row of examples into blocks: a prompt with its first completion, and every further completion after that prompt.
@@ -182,7 +188,7 @@ def _group(blocks: list[tuple[list[int], list[int]]], widest: int, longest: int,
 
 
 class _RowAttention(torch.autograd.Function):
-    """softmax(q k^T) v for each block of the row; the backward pass makes the weights again instead of keeping them.
+    """softmax(q k^T) v for each block of the row; the backward pass makes the weights again where keeping them would take much.
 
     Blocks are short, so plain batched products and one fused softmax beat the processor's flash kernel (Dao et al. 2022,
     arXiv 2205.14135) on them. Queries that share a key head are laid side by side, so keys and values are never repeated.
@@ -192,26 +198,29 @@ class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: Blocks):
         heads, key_heads = query.shape[1], key.shape[1]
-        parts = []
+        parts, kept = list[Tensor](), list[Tensor]()
+        keeps = any(ctx.needs_input_grad) and blocks.keys_of_a_query <= KEPT
         for group in blocks.groups:
             q = _taken(query, group.queries, group.blocks, key_heads)
             k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
-            parts.append(_laid_flat(torch.bmm(_weights(q, k, scaling, group), v), group.blocks, heads))
-        ctx.save_for_backward(query, key, value)
+            weights = _weights(q, k, scaling, group)
+            kept += [weights] if keeps else []
+            parts.append(_laid_flat(torch.bmm(weights, v), group.blocks, heads))
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.rest = (scaling, blocks)
         return _joined(parts).index_select(0, blocks.query_of)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         scaling, blocks = ctx.rest
         heads, key_heads = query.shape[1], key.shape[1]
         d_query, d_key, d_value = list[Tensor](), list[Tensor](), list[Tensor]()
-        for group in blocks.groups:
+        for number, group in enumerate(blocks.groups):
             q = _taken(query, group.queries, group.blocks, key_heads)
             g = _taken(grad, group.queries, group.blocks, key_heads, group.padded_queries)
             k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
-            weights = _weights(q, k, scaling, group)
+            weights = kept[number] if kept else _weights(q, k, scaling, group)
             d_value.append(_laid_flat(torch.bmm(weights.transpose(1, 2), g), group.blocks, key_heads))
             d_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
             d_query.append(_laid_flat(torch.bmm(d_scores, k), group.blocks, heads))

@@ -21,6 +21,7 @@ from align.errors import AlignError
 from align.model import attention
 from align.model.forward import hidden_states
 from align.model.lora import run_in_base_precision, runs_plainly
+from align.model.norm import run_frozen_norms
 from align.model.packing import Example, make_row
 from align.settings import Lora
 
@@ -128,6 +129,7 @@ class Trunk:
         self.own_attention = model.config._attn_implementation
         self.packs = True
         self.packs = self._packing_is_exact()
+        run_frozen_norms(self.model)
 
     @classmethod
     def load(

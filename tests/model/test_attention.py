@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from align.model import attention
 from align.model.attention import _alike, _RowAttention, cut
 from align.model.packing import Example, make_row
 
@@ -31,9 +32,13 @@ def dense(query, key, value, scaling, row, window):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), value)
 
 
+@pytest.mark.parametrize("kept", [0, 256])
+@pytest.mark.parametrize("queries", [1, 7, 128])
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("name", ROWS)
-def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, window):
+def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, window, queries, kept, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    monkeypatch.setattr(attention, "KEPT", kept)
     row = row_of(ROWS[name])
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(row.ids), heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (6, 2, 2)]
@@ -53,6 +58,19 @@ def test_every_place_is_a_query_once_and_a_prompt_a_key_of_each_completion():
     keys = torch.cat([*(group.keys for group in blocks.groups), torch.tensor([-1])])
     seen = [[place for place in keys[places].tolist() if place >= 0] for places in blocks.key_of]
     assert seen == [[place] * (4 if place < 6 else 1) for place in range(len(row.ids))]
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(100, 1), (191, 1), (193, 2), (384, 3), (1024, 8)])
+def test_a_long_sequence_is_cut_into_even_pieces_that_see_little_they_may_not(length, pieces):
+    groups = cut(row_of([(length - 1, [1])]).segments, None, torch.device("cpu")).groups
+    assert sum(group.blocks for group in groups) == pieces
+    scores = sum(group.hidden_mask.numel() for group in groups)
+    assert scores <= 1.5 * length**2 * (1 + 1 / pieces) / 2 + 4096 * len(groups)
+
+
+def test_a_piece_sees_no_keys_that_the_window_hides_from_all_of_it():
+    (group,) = cut(row_of([(600, [424])]).segments, 10, torch.device("cpu")).groups
+    assert group.hidden_mask.shape == (8, 1, 1, 128, 137)
 
 
 def test_blocks_of_like_size_are_one_product_and_unlike_ones_are_not_padded():

@@ -52,7 +52,7 @@ def step(objective, examples, row_tokens):
 def test_sft_passes_each_token_once_and_only_what_counts_through_the_output_layer(chat, counted, row_tokens):
     trainee = make_trainee(chat)
     found = counted(trainee.trunk)
-    turns = [Example(e.index, e.prompt, (e.completions[0] + e.completions[1],), ((False, False, *[True] * (i + 3)),)) for i, e in enumerate(EXAMPLES)]
+    turns = [Example(i, e.prompt, (sum(e.completions, ()),), ((False, False, *[True] * (i + 3)),)) for i, e in enumerate(EXAMPLES)]
     alone = [Example(e.index, e.prompt, e.completions[:1]) for e in EXAMPLES]
     rows = step(Likelihood(trainee), [*alone, *turns], row_tokens)
     assert found == {
