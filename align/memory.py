@@ -27,8 +27,9 @@ SIDE_BY_SIDE = 128  # sequences that are decoded at one time (align.model.genera
 ROOM = 1e9  # bytes of their keys and values at most, or as many as the weights have (align.model.generate.ROOM)
 MARGIN = 1.25  # an estimate may be this far off
 REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
+SEEN = 128  # keys that a token of a training row sees, about; weights of many more are not kept (align.model.attention.KEPT)
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
-KEPT = {4: 1.55, 2: 2.7}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
+KEPT = {4: 1.4, 2: 2.5}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Shape:
     """What of a base decides its memory: widths in numbers, and the linear layers of all blocks by their last name."""
 
     layers: int
+    heads: int
     hidden: int
     intermediate: int
     queries: int
@@ -52,14 +54,13 @@ class Shape:
     def activations(self, ranks: int, itemsize: int) -> float:
         """Bytes that a training step holds for each token of its row.
 
-        Its graph keeps, a layer, both norms' inputs and outputs, queries, keys, values and what attention makes of them, the four
-        widths of the gated product, and each adapter's middle; in bfloat16 both norms' inputs in float32 too: counted by hooks on
-        the saved tensors (SmolLM2: 40 kB a layer in float32, 22.5 in bfloat16). Resident memory grows by more, KEPT times that:
-        glibc's allocator leaves a hole behind nearly every temporary.
+        Its graph keeps, a layer, both norms' inputs and outputs, queries, keys, values, the weights of attention and what it makes of
+        them, the four widths of the gated product, and each adapter's middle: counted by hooks on the saved tensors (SmolLM2: 45 kB
+        a layer in float32, half of that in bfloat16). Resident memory grows by more, KEPT times that: glibc's allocator leaves a
+        hole behind nearly every temporary.
         """
-        kept = 4 * self.hidden + 2 * self.queries + 4 * self.intermediate + 2 * self.keys + ranks
-        graph = self.layers * (itemsize * kept + (4 * self.hidden if itemsize == 2 else 0))
-        return KEPT[itemsize] * graph
+        kept = 4 * self.hidden + 2 * self.queries + self.heads * SEEN + 4 * self.intermediate + 2 * self.keys + ranks
+        return KEPT[itemsize] * self.layers * itemsize * kept
 
 
 def shape_of(base: Base) -> Shape | None:
@@ -85,6 +86,7 @@ def shape_of(base: Base) -> Shape | None:
         tensors = _tensors(folder)
         return Shape(
             config["num_hidden_layers"],
+            heads,
             config["hidden_size"],
             config["intermediate_size"],
             heads * size,
