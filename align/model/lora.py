@@ -3,26 +3,30 @@
 peft computes adapters one by one and in float32: it converts each layer's input and output on the way, which on a processor
 costs more than the adapters' products. Here their matrices are laid side by side, so that a layer with any number of adapters
 takes two narrow products more than the base, added by the product that makes them. The float32 weights are rounded to the
-base's type at use, as autocast would; in a float32 base nothing is rounded.
+base's type at use, as autocast would; in a float32 base nothing is rounded. A weight in four bits is written out for each product.
 """
 
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
-def runs_plainly(layer: LoraLayer) -> bool:
+def is_plain(layer: LoraLayer) -> bool:
     """Whether the layer is plain LoRA on a plain linear layer: not DoRA, not a 4-bit base."""
-    return isinstance(layer, LoraLinear) and type(layer.get_base_layer()) is nn.Linear and not any(layer.use_dora.values())
+    return type(layer.get_base_layer()) is nn.Linear and not any(layer.use_dora.values())
+
+
+def in_four_bits(layer: LoraLayer) -> bool:
+    """Whether the layer is plain LoRA on a linear layer of bitsandbytes' four bits."""
+    return type(layer.get_base_layer()).__name__ == "Linear4bit" and not any(layer.use_dora.values())
 
 
 def run_in_base_precision(layer: LoraLayer) -> None:
-    """Replace a layer's forward, where it is plain, by one that gives the same numbers up to the base's rounding."""
-    if runs_plainly(layer):
+    """Replace a layer's forward, where it is plain or in four bits, by one that gives the same numbers up to the base's rounding."""
+    if is_plain(layer) or in_four_bits(layer):
         layer.forward = lambda x: _forward(layer, x)  # type: ignore[method-assign]
     else:
         layer.__dict__.pop("forward", None)  # an adapter of another kind came on top
@@ -35,7 +39,7 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     if any(layer.lora_dropout[name].training and isinstance(layer.lora_dropout[name], nn.Dropout) for name in names):
         return _with_dropout(layer, names, x)
     if not names:
-        return linear(x, base.weight, base.bias)
+        return base(x)
     matrices = [adapters[name].weight for adapters in (layer.lora_A, layer.lora_B) for name in names]
     return _Adapted.apply(x, base.weight, base.bias, [layer.scaling[name] for name in names], *matrices)
 
@@ -43,11 +47,20 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
 def _with_dropout(layer: LoraLayer, names: list[str], x: Tensor) -> Tensor:
     """The same sum, one adapter after the other: each drops other inputs."""
     base = layer.get_base_layer()
-    output = linear(x, base.weight, base.bias)
+    output = base(x)
     for name in names:
         narrow = linear(layer.lora_dropout[name](x), layer.lora_A[name].weight.to(output.dtype))
         output = output + linear(narrow * layer.scaling[name], layer.lora_B[name].weight.to(output.dtype))
     return output
+
+
+def _written_out(weight: Tensor) -> Tensor:
+    """The weight in the type that products are made in. Shape (out, in)."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 class _Adapted(torch.autograd.Function):
@@ -58,7 +71,8 @@ class _Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, scaling: list[float], *matrices: Tensor):
+    def forward(ctx, x: Tensor, frozen: Tensor, bias: Tensor | None, scaling: list[float], *matrices: Tensor):
+        weight = _written_out(frozen)
         a = [part.to(weight.dtype) for part in matrices[: len(scaling)]]
         b = [(part * scale).to(weight.dtype) for part, scale in zip(matrices[len(scaling) :], scaling, strict=True)]
         rows = x.reshape(-1, x.shape[-1])
@@ -66,16 +80,16 @@ class _Adapted(torch.autograd.Function):
         narrow = [rows @ part.T for part in a]
         for part, wide in zip(narrow, b, strict=True):
             output.addmm_(part, wide.T)
-        ctx.save_for_backward(rows, weight, torch.cat(a), torch.cat(b, dim=1), *narrow)
-        ctx.scaling = scaling
+        ctx.save_for_backward(rows, torch.cat(a), torch.cat(b, dim=1), *narrow)
+        ctx.frozen, ctx.scaling = frozen, scaling  # with what tells how its four bits are read, which a saved tensor need not bring
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, weight, a, b, *narrow = ctx.saved_tensors
+        rows, a, b, *narrow = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         d_narrow = flat @ b
-        d_x = (flat @ weight).addmm_(d_narrow, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        d_x = (flat @ _written_out(ctx.frozen)).addmm_(d_narrow, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         trained_a, trained_b = ctx.needs_input_grad[4 : 4 + len(narrow)], ctx.needs_input_grad[4 + len(narrow) :]
         parts = d_narrow.split([part.shape[1] for part in narrow], dim=1)
         d_a = [(part.T @ rows).float() if wanted else None for part, wanted in zip(parts, trained_a, strict=True)]

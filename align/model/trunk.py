@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from align.errors import AlignError
 from align.model import attention
 from align.model.forward import hidden_states
-from align.model.lora import run_in_base_precision, runs_plainly
+from align.model.lora import is_plain, run_in_base_precision
 from align.model.norm import run_frozen_norms
 from align.model.packing import Example, make_row
 from align.settings import Lora
@@ -344,7 +344,7 @@ class Trunk:
     def can_merge(self) -> bool:
         """Whether the adapters are plain LoRA on plain linear layers: no DoRA, no 4-bit base."""
         tied = self.model.config.get_text_config().tie_word_embeddings and isinstance(self.output_layer, LoraLayer)
-        return not tied and all(runs_plainly(layer) for layer in self.layers)
+        return not tied and all(is_plain(layer) for layer in self.layers)
 
 
 def _plain_name(name: str) -> str:

@@ -30,6 +30,14 @@ def opened(base):
     return trunk, Role(("below", "new"))
 
 
+def gradients(trunk, role):
+    """Of the log-probabilities' sum with respect to the adapter "new", as one vector."""
+    parameters = trunk.parameters_of("new").values()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(forward(trunk, role, ROW).logprobs.sum(), parameters)])
+
+
 def test_adapters_are_exact_on_what_the_four_bits_stand_for(tiny_base, tmp_path):
     """The same adapters on a plain base whose weights are those that the four bits stand for."""
     trunk, role = opened(tiny_base)
@@ -48,6 +56,8 @@ def test_adapters_are_exact_on_what_the_four_bits_stand_for(tiny_base, tmp_path)
     tolerance = 1e-4 if trunk.model.dtype == torch.float32 else 0.15  # computed in bfloat16 where that is native
     assert float((quantised - expected).abs().max()) < tolerance
     assert float((quantised - untouched).abs().max()) > 3 * tolerance
+    found, wanted = (gradients(one, role) for one in (trunk, plain))
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-4 if trunk.model.dtype == torch.float32 else 0.1)
 
 
 def test_every_adapter_still_gets_its_gradient_after_sampling_and_evaluating(tiny_base):
