@@ -1,6 +1,6 @@
 """Sampling from a policy: tokens per second of our samplers and of transformers', on SmolLM2 with a rank-16 adapter on every layer.
 
-    python benchmarks/sampling.py                       32 prompts, 4 completions each, three repetitions, interleaved
+    python benchmarks/sampling.py                       32 prompts, 4 completions each, three repetitions, interleaved; 14 minutes
     python benchmarks/sampling.py --prompts 8 --repeats 1 --generate-batch --json
 
 Tokens are those of completions up to the token that ends the turn. `law` is how far the log-probabilities that a sampler gives

@@ -1,6 +1,6 @@
 """SFT, the reward model and DPO here and in TRL: examples a second and peak memory, on SmolLM2 with the same pairs of people.
 
-    python benchmarks/trl_training.py                    about half an hour on two cores
+    python benchmarks/trl_training.py                    about 50 minutes on two cores
     python benchmarks/trl_training.py --only dpo --repeat 1 --json
 
 Every measurement is a process of its own, and the ways take turns: one epoch over the same pairs of the HH data (of at most 512
