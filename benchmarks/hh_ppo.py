@@ -1,6 +1,6 @@
 """PPO on real people's preferences: against a reward model of one half of the HH data here, watched by one of the other half.
 
-    python benchmarks/hh_ppo.py                     an hour on two cores without bfloat16; prints what the evaluations along the way saw
+    python benchmarks/hh_ppo.py                     some 20 minutes on two cores with bfloat16; prints what the evaluations along the way saw
     python benchmarks/hh_ppo.py --plan              takes every option of a recipe
 
 The policy starts as the embedded model after SFT on the first half's chosen answers, which end where the model's own run on. The
@@ -47,8 +47,8 @@ def recipe() -> Recipe:
         reward={"reward": (reward, 1.0), "watching": (watching, 0.0)},
         prompts=HALVES[0],
         max_prompt_tokens=128,
-        iterations=10,
-        learning_rate=1.5e-3,
+        iterations=8,
+        learning_rate=7e-4,
         holdout=0.1,
         max_heldout=32,
         eval_every=2,
