@@ -1,6 +1,6 @@
 """PPO on real people's preferences: against a reward model of one half of the HH data here, watched by one of the other half.
 
-    python benchmarks/hh_ppo.py                     some 20 minutes on two cores with bfloat16; prints what the evaluations along the way saw
+    python benchmarks/hh_ppo.py                     20 minutes on two cores with bfloat16; prints what the evaluations along the way saw
     python benchmarks/hh_ppo.py --plan              takes every option of a recipe
 
 The policy starts as the embedded model after SFT on the first half's chosen answers, which end where the model's own run on. The
