@@ -25,16 +25,13 @@ WHOLE = {"_FrozenHead": PARTS[2], "_RowAttention": PARTS[3], "_Adapted": PARTS[1
 
 def part(event) -> str:
     """Which part of the model an operator belongs to: that of the function it was called by."""
-    sizes = [size for shape in event.input_shapes or () if isinstance(shape, list) for size in shape]
     caller = event
-    while caller is not None:
-        found = WHOLE.get(caller.name.removesuffix("Backward"))
-        if found == PARTS[1] and event.name == "aten::mm" and not any(size in RANKS for size in sizes):
-            return PARTS[0]
-        if found:
-            return found
+    while caller is not None and caller.name.removesuffix("Backward") not in WHOLE:
         caller = caller.cpu_parent
-    return PARTS[4]
+    found = WHOLE[caller.name.removesuffix("Backward")] if caller is not None else PARTS[4]
+    sizes = [size for shape in event.input_shapes or () if isinstance(shape, list) for size in shape]
+    of_the_base = found == PARTS[1] and event.name == "aten::mm" and not any(size in RANKS for size in sizes)
+    return PARTS[0] if of_the_base else found
 
 
 def profiled(kind: str, count: int) -> dict:

@@ -9,6 +9,7 @@ base's type at use, as autocast would; in a float32 base nothing is rounded. A w
 from __future__ import annotations
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -16,7 +17,7 @@ from torch.nn.functional import linear
 
 def is_plain(layer: LoraLayer) -> bool:
     """Whether the layer is plain LoRA on a plain linear layer: not DoRA, not a 4-bit base."""
-    return type(layer.get_base_layer()) is nn.Linear and not any(layer.use_dora.values())
+    return isinstance(layer, LoraLinear) and type(layer.get_base_layer()) is nn.Linear and not any(layer.use_dora.values())
 
 
 def in_four_bits(layer: LoraLayer) -> bool:
