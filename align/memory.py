@@ -29,7 +29,7 @@ MARGIN = 1.25  # an estimate may be this far off
 REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
 SEEN = 128  # keys that a token of a training row sees, about; weights of many more are not kept (align.model.attention.KEPT)
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
-KEPT = {4: 1.4, 2: 2.5}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
+KEPT = {4: 1.7, 2: 3.0}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Shape:
         """Bytes that a training step holds for each token of its row.
 
         Its graph keeps, a layer, both norms' inputs and outputs, queries, keys, values, the weights of attention and what it makes of
-        them, the four widths of the gated product, and each adapter's middle: counted by hooks on the saved tensors (SmolLM2: 45 kB
+        them, what the gated product is made of, and each adapter's middle: counted by hooks on the saved tensors (SmolLM2: 33 kB
         a layer in float32, half of that in bfloat16). Resident memory grows by more, KEPT times that: glibc's allocator leaves a
         hole behind nearly every temporary.
         """
-        kept = 4 * self.hidden + 2 * self.queries + self.heads * SEEN + 4 * self.intermediate + 2 * self.keys + ranks
+        kept = 4 * self.hidden + 2 * self.queries + self.heads * SEEN + 2 * self.intermediate + 2 * self.keys + ranks
         return KEPT[itemsize] * self.layers * itemsize * kept
 
 

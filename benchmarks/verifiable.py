@@ -1,6 +1,6 @@
 """Learning that needs no judge: answers of one sentence that ends in a full stop and has fewer than 20 words, on SmolLM2.
 
-    python benchmarks/verifiable.py            PPO and RLOO, three seeds each, on two cores: 25 minutes with bfloat16, 50 without
+    python benchmarks/verifiable.py            PPO and RLOO, three seeds each, on two cores: 23 minutes with bfloat16, 50 without
     python benchmarks/verifiable.py --estimators gae --seeds 0 --out runs/verifiable
 
 The reward is 1 for such an answer and 0 for any other. Success is its share on the held-out prompts, one sampled answer each,

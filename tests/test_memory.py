@@ -9,6 +9,7 @@ from processes import align
 from align import Lora, memory
 from align.base import find_base
 from align.errors import AlignError
+from align.model import gated
 from align.model.forward import forward
 from align.model.generate import ROOM, SEQUENCES
 from align.model.packing import Example, make_row
@@ -43,7 +44,7 @@ def test_an_adapter_has_as_many_numbers_as_peft_gives_it(lora, shape, trunk):
     assert shape.adapter(lora) == sum(parameter.numel() for parameter in trunk.parameters_of("mine").values())
 
 
-def test_a_training_step_keeps_the_activations_that_are_counted(shape, trunk):
+def test_a_training_step_keeps_the_activations_that_are_counted(shape, trunk, monkeypatch):
     trunk.add_adapter("mine", Lora(rank=4), seed=0)
     for parameter in trunk.parameters_of("mine").values():
         parameter.requires_grad_(True)
@@ -56,7 +57,13 @@ def test_a_training_step_keeps_the_activations_that_are_counted(shape, trunk):
             kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def within(pack, unpack):  # of hooks within hooks only the inner ones are called
+        return hooks(lambda tensor: keep(left) if isinstance(left := pack(tensor), torch.Tensor) else left, unpack)
+
+    monkeypatch.setattr(gated, "saved_tensors_hooks", within)
+    with hooks(keep, lambda tensor: tensor):
         forward(trunk, Role(("mine",)), row)
     held = sum(size for size, _ in kept.values()) / len(row.ids)
     assert held == pytest.approx(shape.activations(ranks=7 * 4, itemsize=4) / memory.KEPT[4], rel=0.25)  # with what is not of a layer

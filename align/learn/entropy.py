@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from align.model.forward import PolicyOutputs, hidden_states, picked
-from align.model.output import CHUNK, target_logprobs
+from align.model.output import CHUNK, all_logprobs, entropy, target_logprobs
 from align.model.packing import Row
 from align.model.trunk import Role, Trunk
 
@@ -23,8 +23,5 @@ def forward_with_entropy(trunk: Trunk, role: Role, row: Row, temperature: float)
 
 
 def _entropy(trunk: Trunk, hidden: Tensor, temperature: float) -> Tensor:
-    """-sum of p log p at each hidden state; logits are not kept but computed again in the backward pass."""
-    logits = trunk.output_layer(hidden).float()
-    logits = trunk.softcap * torch.tanh(logits / trunk.softcap) if trunk.softcap else logits
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    """At each hidden state; logits are not kept but computed again in the backward pass."""
+    return entropy(all_logprobs(trunk, hidden, temperature))

@@ -27,21 +27,30 @@ def target_logprobs(trunk: Trunk, hidden: Tensor, targets: Tensor, temperature: 
         targets: token ids. Shape (predicted,).
         temperature: divides the logits.
     """
-    layer, softcap = trunk.output_layer, trunk.softcap
+    layer = trunk.output_layer
     frozen = isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and layer.bias is None
     if frozen:
-        return _FrozenHead.apply(hidden, layer.weight, targets, temperature, softcap)
+        return _FrozenHead.apply(hidden, layer.weight, targets, temperature, trunk.softcap)
 
     def chunk_logprobs(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        logits = layer(h).float()
-        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-        logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
-        return logprobs.gather(1, t[:, None])[:, 0], entropy
+        logprobs = all_logprobs(trunk, h, temperature)
+        return logprobs.gather(1, t[:, None])[:, 0], entropy(logprobs).detach()
 
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     parts = [checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in chunks]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def all_logprobs(trunk: Trunk, hidden: Tensor, temperature: float) -> Tensor:
+    """Log softmax(logits / temperature) of the whole vocabulary. Shape (predicted, hidden) to (predicted, vocabulary), float32."""
+    logits = trunk.output_layer(hidden).float()
+    logits = trunk.softcap * torch.tanh(logits / trunk.softcap) if trunk.softcap else logits
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """-sum of p log p. Shape (..., vocabulary) to (...)."""
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from align.errors import AlignError
 from align.model import attention
 from align.model.forward import hidden_states
+from align.model.gated import keep_products, make_products_again
 from align.model.lora import is_plain, run_in_base_precision
 from align.model.norm import run_frozen_norms
 from align.model.packing import Example, make_row
@@ -130,6 +131,7 @@ class Trunk:
         self.packs = True
         self.packs = self._packing_is_exact()
         run_frozen_norms(self.model)
+        make_products_again(self.model)
 
     @classmethod
     def load(
@@ -302,6 +304,7 @@ class Trunk:
 
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
+        keep_products(self.model)
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
