@@ -81,10 +81,11 @@ def draw(found: list[dict], path: Path) -> None:
                 points = [each for each in found if each["base"] == base and each["grows"] == kind]
                 axis.plot([p[kind] for p in points], [p[measured] for p in points], marker="o", label=Path(base).stem[:24])
             axis.set_xscale("log", base=10 if kind == "examples" else 2)
-            axis.set_ylim(bottom=0)
             axis.set(xlabel=label, ylabel=name)
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    for row in axes:
+        row[0].set_ylim(bottom=0)  # of both columns, once all is drawn
+    axes[0][0].legend(loc="lower left")
     figure.savefig(path, dpi=120)
 
 
