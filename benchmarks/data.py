@@ -18,10 +18,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "green", "hills", "people"]
 FORMATS = ("alpaca", "messages", "preferences")
-KINDS = {"alpaca": "conversation", "messages": "conversation", "preferences": "preference"}
+KINDS: dict[str, Any] = {"alpaca": "conversation", "messages": "conversation", "preferences": "preference"}
 
 
 def sentence(count: int, pick: random.Random) -> str:

@@ -15,12 +15,13 @@ people's preferences, for whom doubt is often right, did not mind (-0.18 and -0.
 """
 
 from pathlib import Path
+from typing import Any
 
 from align import Recipe
 from align.artifact import Artifact
 
-PPO = {"prompts": "datasets/prompts.jsonl", "iterations": 6, "learning_rate": 1.5e-3, "kl_coef": 0.02}  # quickstart's
-OVER = {
+PPO: dict[str, Any] = {"prompts": "datasets/prompts.jsonl", "iterations": 6, "learning_rate": 1.5e-3, "kl_coef": 0.02}  # quickstart's
+OVER: dict[str, Any] = {
     "prompts": "datasets/prompts.jsonl",
     "iterations": 14,
     "learning_rate": 2e-3,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from process import measured
 
-from align.stages.evaluate import interval
+from align.confidence import mean_interval
 
 KINDS = {"its own type": None, "four bits": "nf4"}
 RUNS = Path("runs/four_bits")
@@ -47,7 +47,7 @@ def measure(kind: str, stage: str) -> dict:
             found["losses"] = [evaluate(objective, [example], settings.row_tokens)["heldout_loss"] for example in heldout]
         return metrics
 
-    module.train = train
+    setattr(module, "train", train)  # noqa: B010 -- a module of unknown name
     facts = Artifact.open(recipe.run(RUNS / (KINDS[kind] or "own")) / stage).facts
     return {**found, "metrics": facts["metrics"], "seconds": facts["seconds"], "gb": facts["peak_memory_gb"]}
 
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"| {kind} | {sft['weights_mb']:.0f} MB | {of_sft} | {right} | {reward['seconds']:.0f} s | {reward['gb']:.2f} GB |")
     own, four = (found[kind]["sft"]["losses"] for kind in KINDS)
     more = [b - a for a, b in zip(own, four, strict=True)]
-    low, high = interval(more) or (float("nan"), float("nan"))
+    low, high = mean_interval(more) or (float("nan"), float("nan"))
     print(
         f"four bits over its own type: {sum(more) / len(more):+.3f} nats a token of a conversation ({low:+.3f} to {high:+.3f}, {len(more)})"
     )

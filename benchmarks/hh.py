@@ -8,6 +8,7 @@ of the user, is held out.
 """
 
 from pathlib import Path
+from typing import Any
 
 from align import Recipe
 from align.artifact import Artifact
@@ -18,7 +19,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "shared/data/preference/hh_harmle
 def recipe() -> Recipe:
     """LoRA of rank 16 on all linear layers."""
     chain = Recipe("hh", base="embedded")
-    shared = {"holdout": 0.2, "batch_size": 8, "eval_every": 60}
+    shared: dict[str, Any] = {"holdout": 0.2, "batch_size": 8, "eval_every": 60}
     chain.reward(preferences=SOURCE, learning_rate=3e-4, epochs=2.0, **shared)
     chain.dpo(preferences=SOURCE, learning_rate=5e-5, **shared)
     return chain

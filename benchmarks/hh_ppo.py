@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from align import Recipe
 from align.artifact import Artifact
@@ -37,8 +38,8 @@ def halve() -> None:
 def recipe() -> Recipe:
     """Two reward models, and a policy that is rewarded by the first."""
     chain = Recipe("hh_ppo", base="embedded")
-    short = {"max_length": 256, "on_overlong": "drop", "batch_size": 8, "learning_rate": 3e-4}
-    shared = {"holdout": 0.2, "eval_every": 100, **short}
+    short: dict[str, Any] = {"max_length": 256, "on_overlong": "drop", "batch_size": 8, "learning_rate": 3e-4}
+    shared: dict[str, Any] = {"holdout": 0.2, "eval_every": 100, **short}
     sft = chain.sft(data=CHOSEN, train_on="last", epochs=1.0, **short)
     reward = chain.reward(policy=sft, preferences=HALVES[0], **shared)
     watching = chain.reward(name="watching", preferences=HALVES[1], seed=1, **shared)

@@ -131,11 +131,12 @@ def measure(name: str, path: Path, judge: LocalJudge, peer: Transformers, pairs:
             took, said[way] = timed(run, questions)
             times[way].append(took)
     mine, theirs, written = said["ours"], said["b"], said["a"]
-    differences = [abs(x.log_odds - y.log_odds) for x, y in zip(mine, theirs, strict=True) if None not in (x.log_odds, y.log_odds)]
+    odds = [(x.log_odds, y.log_odds) for x, y in zip(mine, theirs, strict=True)]
+    differences = [abs(x - y) for x, y in odds if x is not None and y is not None]
     result = {
         "data": name,
         "pairs": pairs,
-        "tokens_per_question": sum(reply.prompt_tokens for reply in mine) / len(mine),
+        "tokens_per_question": sum(reply.prompt_tokens or 0 for reply in mine) / len(mine),
         "batch_sizes": sizes,
         "pairs_per_second": {way: pairs / median(found) for way, found in times.items()},
         "seconds": times,

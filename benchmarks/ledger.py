@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from align.judge.ask import judge_pairs
 from align.judge.judgement import Pair, Reply
@@ -36,20 +37,18 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=options.folder))
     judge = Judge(name="local embedded", model="gguf:0123", template="0123456789abcdef")
-    turn = [{"role": "assistant", "content": f"{side} {TEXT}"} for side in "ab"]
+    turn: list[Any] = [{"role": "assistant", "content": f"{side} {TEXT}"} for side in "ab"]
     pairs = [Pair([{"role": "user", "content": f"{n} {TEXT}"}], [turn[0]], [turn[1]]) for n in range(options.judgments // 2)]
-    replies = [
-        Reply(said, word, odds, {"A": -0.5, "B": -1.0}, None, 300, 1, 0.05, 0.0001)
-        for said, word, odds in (("first", "A", 0.5), ("second", "B", -0.5))
-    ]
+    rest: list[Any] = [{"A": -0.5, "B": -1.0}, None, 300, 1, 0.05, 0.0001]
+    replies = [Reply("first", "A", 0.5, *rest), Reply("second", "B", -0.5, *rest)]
     keys = [(key_of(question), reply) for pair in pairs for question, reply in zip(pair.questions(), replies, strict=True)]
     half = len(keys) // 2
     seconds: dict[str, float] = {}
 
     ledger = Ledger(folder / "judgements.sqlite")
     begun = time.perf_counter()
-    for each in keys[:half]:
-        ledger.add(judge, [each])
+    for answered in keys[:half]:
+        ledger.add(judge, [answered])
     seconds["append, one commit each"] = (time.perf_counter() - begun) / half
     begun = time.perf_counter()
     for start in range(half, len(keys), BATCH):

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -148,7 +149,7 @@ def main() -> None:
             tokens = sum(len(c.ids) for cs in sampled for c in cs)
             rates[name].append(tokens / (time.perf_counter() - begun))
             distances[name] = law(trunk, role, prompts, sampled)
-    found = {name: {"tokens_per_second": statistics.median(r), "law": distances[name]} for name, r in rates.items() if r}
+    found: dict[str, Any] = {name: {"tokens_per_second": statistics.median(r), "law": distances[name]} for name, r in rates.items() if r}
     if options.json:
         print(json.dumps(found, indent=1))
         return

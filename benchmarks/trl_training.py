@@ -19,7 +19,10 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from process import measured
 
@@ -107,7 +110,7 @@ def ours(kind: str, count: int, folder: Path, quantize: str | None = None) -> di
     data, taken = folder / "rows.jsonl", rows(kind, count)
     data.write_text("".join(json.dumps(row) + "\n" for row in taken))
     recipe = Recipe("benchmark", base="embedded", quantize=quantize)
-    settings = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
+    settings: dict[str, Any] = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
     if kind == "sft":
         recipe.sft(data=data, train_on="last", **settings)  # as TRL learns of a prompt and its completion
     else:
@@ -132,7 +135,8 @@ def theirs(kind: str, count: int, folder: Path, best: bool) -> dict:
     location, native = local_model(find_base("embedded")), native_dtype(torch.device("cpu"))
     name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[kind]
     tuned: dict = {"gradient_checkpointing": False, "bf16": False, "model_init_kwargs": {"dtype": str(native).removeprefix("torch.")}}
-    tuned |= {"sft": {"packing": True, "max_length": 1024}, "dpo": {"precompute_ref_log_probs": True}}.get(kind, {})
+    of_kind: dict[str, dict] = {"sft": {"packing": True, "max_length": 1024}, "dpo": {"precompute_ref_log_probs": True}}
+    tuned |= of_kind.get(kind, {})
     plain = {} if native == torch.bfloat16 else {"bf16": False}  # autocast to a type it lacks takes a hundred times as long
     batch = 1 if best and kind == "sft" else 4  # a packed row is many examples
     arguments = getattr(trl, f"{name}Config")(
@@ -161,11 +165,11 @@ def theirs(kind: str, count: int, folder: Path, best: bool) -> dict:
     return {"seconds": time.perf_counter() - begun, "gb": peak_memory_gb()}
 
 
-WAYS = {
+WAYS: dict[str, Callable[..., dict]] = {
     "align": ours,
-    "align, base in four bits": lambda *what: ours(*what, "nf4"),
-    "TRL, defaults": lambda *what: theirs(*what, False),
-    "TRL, tuned": lambda *what: theirs(*what, True),
+    "align, base in four bits": partial(ours, quantize="nf4"),
+    "TRL, defaults": partial(theirs, best=False),
+    "TRL, tuned": partial(theirs, best=True),
 }
 
 
