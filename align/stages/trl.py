@@ -33,6 +33,7 @@ from align.errors import AlignError
 from align.learn.prompts import PromptRow
 from align.learn.scores import FunctionReward
 from align.model.compose import compose
+from align.model.gated import keep_products
 from align.model.load import ADAPTER, adapter_folders, load_role, open_trunk, own_model
 from align.model.trunk import Trunk, peft_config, save_adapter
 from align.progress import Meter, say
@@ -88,6 +89,7 @@ def _trained_model(job: Job, trunk: Trunk, lora: Lora) -> tuple[PeftModel, float
         before = trunk.model(ids).logits.float()
     model = trunk.peft.unload() if trunk.peft else trunk.model
     model.set_attn_implementation(trunk.own_attention)
+    keep_products(model)  # TRL computes whole layers again
     torch.manual_seed(job.settings.seed)
     folders = adapter_folders(policy)
     config, weights = compose(folders) if folders else (peft_config(lora), {})
