@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import importlib
@@ -27,7 +26,7 @@ from align.curves import draw
 from align.data.mix import Data, load_data
 from align.data.sources import Source
 from align.errors import AlignError
-from align.memory import fit_memory
+from align.memory import fit_memory, give_back_memory
 from align.pace import remember
 from align.plan import CHECKPOINT, MADE_FILES, Planned, make_plan, shared_prompts
 from align.progress import Meter, console, last_metrics, say
@@ -153,7 +152,7 @@ def _run_stage(recipe: Recipe, planned: Planned) -> None:
     parents = {role: _open_parent(planned, parent) if parent else None for role, parent in planned.parents.items()}
     data = planned.data | made_data(stage.name, parents)
     begun = time.monotonic()
-    _give_back_memory()
+    _begin_anew()
     with _tracker(recipe, planned) as tracker:
         job = Job(stage.name, stage.settings, planned.base, parents, data, planned.work, recipe.dtype, tracker, stage.rewards)
         with full_disk_explained(planned.final):
@@ -262,11 +261,10 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
 
 
-def _give_back_memory() -> None:
+def _begin_anew() -> None:
     """Let the weights of the stage before go, back to the system too, and begin a new count of the peak (Linux)."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

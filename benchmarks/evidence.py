@@ -20,7 +20,8 @@ from typing import Any
 from align import Recipe
 from align.artifact import Artifact
 
-PPO: dict[str, Any] = {"prompts": "datasets/prompts.jsonl", "iterations": 6, "learning_rate": 1.5e-3, "kl_coef": 0.02}  # quickstart's
+# As in quickstart.py, for six rounds.
+PPO: dict[str, Any] = {"prompts": "datasets/prompts.jsonl", "iterations": 6, "learning_rate": 1.5e-3, "kl_coef": 0.02}
 OVER: dict[str, Any] = {
     "prompts": "datasets/prompts.jsonl",
     "iterations": 14,

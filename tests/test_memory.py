@@ -1,6 +1,8 @@
 import json
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import make_model, small_recipe
@@ -67,6 +69,18 @@ def test_a_training_step_keeps_the_activations_that_are_counted(shape, trunk, mo
         forward(trunk, Role(("mine",)), row)
     held = sum(size for size, _ in kept.values()) / len(row.ids)
     assert held == pytest.approx(shape.activations(ranks=7 * 4, itemsize=4) / memory.KEPT[4], rel=0.25)  # with what is not of a layer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back where the C library is glibc")
+def test_freed_memory_goes_back_to_the_system():
+    """The newest piece lies on top of 200 MB of freed ones, which by itself would keep them all."""
+    pieces = [bytearray(100_000) for _ in range(2000)]
+    newest = pieces.pop()
+    del pieces
+    before = psutil.Process().memory_info().rss
+    memory.give_back_memory()
+    assert psutil.Process().memory_info().rss < before - 100e6
+    assert len(newest) == 100_000
 
 
 @pytest.mark.parametrize("damage", ["a config of another kind", "weights cut short", "no numbers of heads"])

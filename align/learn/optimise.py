@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from align.errors import AlignError
 from align.learn.checkpoint import load_checkpoint, save_checkpoint
+from align.memory import give_back_memory
 from align.model.packing import Example, Row, pack, shuffled_batches
 from align.progress import Meter
 from align.settings import Training
@@ -87,6 +88,7 @@ def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_no
         norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    give_back_memory()
     return norms
 
 
