@@ -70,14 +70,18 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    print("| base | weights | SFT: held-out loss | time | memory | reward: right on held-out pairs (95%) | time | memory |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    columns = ["base", "weights", "SFT: held-out loss", "mean of conversations (95%)", "time", "memory"]
+    columns += ["reward: right on held-out pairs (95%)", "time", "memory"]
+    print(f"| {' | '.join(columns)} |")
+    print(f"|---|{'--:|' * (len(columns) - 1)}")
     for kind, stages in found.items():
         sft, reward = stages["sft"], stages["reward"]
         low, high = reward["metrics"]["heldout_accuracy_interval"]
         right = f"{reward['metrics']['heldout_accuracy']:.1%} ({low:.1%} to {high:.1%})"
-        of_sft = f"{sft['metrics']['heldout_loss']:.3f} | {sft['seconds']:.0f} s | {sft['gb']:.2f} GB"
-        print(f"| {kind} | {sft['weights_mb']:.0f} MB | {of_sft} | {right} | {reward['seconds']:.0f} s | {reward['gb']:.2f} GB |")
+        least, most = mean_interval(sft["losses"]) or (float("nan"), float("nan"))
+        loss = f"{sft['metrics']['heldout_loss']:.3f} | {sum(sft['losses']) / len(sft['losses']):.3f} ({least:.3f} to {most:.3f})"
+        losses = f"{loss} | {sft['seconds']:.0f} s | {sft['gb']:.2f} GB"
+        print(f"| {kind} | {sft['weights_mb']:.0f} MB | {losses} | {right} | {reward['seconds']:.0f} s | {reward['gb']:.2f} GB |")
     own, four = (found[kind]["sft"]["losses"] for kind in KINDS)
     more = [b - a for a, b in zip(own, four, strict=True)]
     low, high = mean_interval(more) or (float("nan"), float("nan"))
