@@ -1,6 +1,6 @@
 """The gated product of a block (Shazeer 2020, arXiv 2002.05202), of which the backward pass finds less kept.
 
-act(gate) and act(gate) * up are as wide as gate and up themselves, a sixth each of what a step holds, and are made from those in
+act(gate) and act(gate) * up are as wide as gate and up themselves, a seventh each of what a step would keep, and are made from those in
 no time. So they are made again where the backward pass asks for them, by the same operations: the same bits.
 """
 
