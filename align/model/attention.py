@@ -6,6 +6,7 @@ step, which lie in one row too; without, it is plain scaled dot-product attentio
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align.model.packing import Segment
+from align.model.packing import Segment, shared_start
 
 NAME = "align_packed"
 QUERIES = 128  # of a block, about
@@ -100,12 +101,13 @@ class Group:
 class Blocks:
     """A row cut into blocks, and the way back: where each place's results lie among those of all groups, one after the other.
 
-    A block is a prompt with its first completion, or a further completion after that prompt.
+    A block is what the prompts of a row share, the rest of one with its first completion, or a further completion. A prompt's place
+    is a key in each of its completions' blocks, so the ways back of keys are sorted by how many blocks a place is in.
     """
 
     groups: tuple[Group, ...]
     query_of: Tensor  # (length,)
-    key_of: Tensor  # (length, times) a prompt's place is a key in each of its completions' blocks; padding points past the end
+    keys_of: tuple[tuple[Tensor, Tensor], ...]  # (places,) of the row, and (places, blocks they are in)
 
     @property
     def keys_of_a_query(self) -> float:
@@ -114,24 +116,25 @@ class Blocks:
 
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
-    """Cut a row of examples into blocks: a prompt with its first completion, and every further completion after that prompt.
+    """Cut a row of examples into blocks: what their prompts share, the rest of a prompt with its first completion, each further one.
 
     A long one is several blocks of its own, each of which sees what came before and itself, so that little of it is hidden.
     """
-    blocks: list[tuple[list[int], list[int]]] = []
-    for segment in segments:
-        prompt = [*range(segment.prompt.start, segment.prompt.stop)]
-        for number, completion in enumerate(segment.completions):
-            sees, first = [*prompt, *range(completion.start, completion.stop)], len(prompt) if number else 0
-            count = max(1, round((len(sees) - first) / QUERIES))
-            ends = [first + (len(sees) - first) * i // count for i in range(count + 1)]
-            for start, stop in pairwise(ends):
-                begin = 0 if window is None else max(0, start - window + 1)
-                blocks.append((sees[start:stop], sees[begin:stop]))
+    shared = shared_start([segment.prompt for segment in segments])
+    seen = [(*segment.prompt, *range(c.start, c.stop)) for segment in segments for c in segment.completions]
+    blocks: list[tuple[Sequence[int], Sequence[int]]] = []
+    laid = 0  # places that are queries by now
+    for sees in [shared, *seen] if shared else seen:
+        first, laid = bisect_left(sees, laid), sees[-1] + 1
+        count = max(1, round((len(sees) - first) / QUERIES))
+        ends = [first + (len(sees) - first) * i // count for i in range(count + 1)]
+        for start, stop in pairwise(ends):
+            begin = 0 if window is None else max(0, start - window + 1)
+            blocks.append((sees[start:stop], sees[begin:stop]))
     return grouped(blocks, window, device)
 
 
-def grouped(blocks: Sequence[tuple[list[int], list[int]]], window: int | None, device: torch.device) -> Blocks:
+def grouped(blocks: Sequence[tuple[Sequence[int], Sequence[int]]], window: int | None, device: torch.device) -> Blocks:
     """Group a row's blocks of like size, so that few products are made and little is padded.
 
     Args:
@@ -152,9 +155,11 @@ def grouped(blocks: Sequence[tuple[list[int], list[int]]], window: int | None, d
                 key_of[place].append(keys_before + number * longest + i)
         groups.append(_group(some, widest, longest, window, device))
         queries_before, keys_before = queries_before + len(some) * widest, keys_before + len(some) * longest
-    times = max(map(len, key_of))
-    padded = [places + [keys_before] * (times - len(places)) for places in key_of]
-    return Blocks(tuple(groups), torch.tensor(query_of, device=device), torch.tensor(padded, device=device))
+    keys_of = []
+    for times in sorted(set(map(len, key_of))):
+        places = [place for place, among in enumerate(key_of) if len(among) == times]
+        keys_of.append((torch.tensor(places, device=device), torch.tensor([key_of[place] for place in places], device=device)))
+    return Blocks(tuple(groups), torch.tensor(query_of, device=device), tuple(keys_of))
 
 
 def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
@@ -172,7 +177,7 @@ def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return groups
 
 
-def _group(blocks: list[tuple[list[int], list[int]]], widest: int, longest: int, window: int | None, device: torch.device) -> Group:
+def _group(blocks: list[tuple[Sequence[int], Sequence[int]]], widest: int, longest: int, window: int | None, device: torch.device) -> Group:
     query_counts, key_counts = (torch.tensor([len(places) for places in side])[:, None, None] for side in zip(*blocks, strict=True))
     query, key = torch.arange(widest)[None, :, None], torch.arange(longest)[None, None, :]
     behind = query + (key_counts - query_counts) - key  # a block's queries are its last keys
@@ -226,7 +231,7 @@ class _RowAttention(torch.autograd.Function):
             d_query.append(_laid_flat(torch.bmm(d_scores, k), group.blocks, heads))
             d_key.append(_laid_flat(torch.bmm(d_scores.transpose(1, 2), q), group.blocks, key_heads))
         by_query = _joined(d_query).index_select(0, blocks.query_of)
-        return by_query.mul_(scaling), _summed(d_key, blocks.key_of).mul_(scaling), _summed(d_value, blocks.key_of), None, None
+        return by_query.mul_(scaling), _summed(d_key, blocks).mul_(scaling), _summed(d_value, blocks), None, None
 
 
 def _taken(tensor: Tensor, places: Tensor, blocks: int, key_heads: int, zero: Tensor | None = None) -> Tensor:
@@ -250,12 +255,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _summed(parts: list[Tensor], places: Tensor) -> Tensor:
+def _summed(parts: list[Tensor], blocks: Blocks) -> Tensor:
     """Sum over the blocks that a key is in. (keys of all groups, heads, size) to (length, heads, size)."""
-    if places.shape[1] == 1:
-        return _joined(parts).index_select(0, places[:, 0])
-    nothing = parts[0].new_zeros(1, *parts[0].shape[1:])
-    return torch.cat([*parts, nothing]).index_select(0, places.flatten()).view(*places.shape, *nothing.shape[1:]).sum(1)
+    joined = _joined(parts)
+    summed = joined.new_empty(len(blocks.query_of), *joined.shape[1:])
+    for places, among in blocks.keys_of:
+        of_each = joined.index_select(0, among.flatten()).view(*among.shape, *joined.shape[1:])
+        summed.index_copy_(0, places, of_each.sum(1))
+    return summed
 
 
 def _weights(query: Tensor, key: Tensor, scaling: float, group: Group) -> Tensor:

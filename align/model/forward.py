@@ -100,7 +100,7 @@ def row_hidden_states(decoder: Module, ids: Tensor, positions: Tensor, **attendi
 
 def _padded_hidden_states(trunk: Trunk, row: Row) -> Tensor:
     """The same, one padded sequence a completion: for models whose attention cannot be given segments."""
-    places = [[*range(s.prompt.start, s.prompt.stop), *range(c.start, c.stop)] for s in row.segments for c in s.completions]
+    places = [[*s.prompt, *range(c.start, c.stop)] for s in row.segments for c in s.completions]
     width = max(map(len, places))
     ids = torch.zeros(len(places), width, dtype=torch.long, device=row.ids.device)
     mask = torch.zeros_like(ids)

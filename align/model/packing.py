@@ -1,4 +1,4 @@
-"""Packed rows: several examples in one row, the completions of an example sharing its prompt.
+"""Packed rows: several examples in one row, the completions of an example sharing its prompt, and all what every prompt begins with.
 
 Dimension words: `length` tokens in a row, `completion` its completions, `predicted` its completion tokens that count.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -45,15 +46,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one example lies in its row: the prompt's slice and the slice of each completion."""
+    """Where one example lies in its row: the places of its prompt, the first of which others may share, and each completion's slice."""
 
-    prompt: slice
+    prompt: tuple[int, ...]
     completions: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Row:
     """Examples laid end to end, with what the forward pass needs to keep them apart.
+
+    What all their prompts begin with, as a chat template's system prompt, comes first and is there once.
 
     The token at `predicted_at[i]` predicts `targets[i]`, which belongs to completion `owner[i]` of the row; a token that does not
     count, as those of the user's later turns, is nobody's target. Completions are numbered in the order of the examples.
@@ -62,7 +65,7 @@ class Row:
     examples: tuple[Example, ...]
     segments: tuple[Segment, ...]
     ids: Tensor  # (length,)
-    positions: Tensor  # (length,), from 0 in each prompt; every completion goes on from its prompt
+    positions: Tensor  # (length,), a token's place in its own prompt and completion
     predicted_at: Tensor  # (predicted,) places in the row
     targets: Tensor  # (predicted,) token ids
     owner: Tensor  # (predicted,) number of the completion in the row
@@ -98,16 +101,16 @@ class _Layout:
     owner: list[int] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
 
-    def add(self, example: Example) -> Segment:
-        start = len(self.ids)
-        prompt = slice(start, start + len(example.prompt))
-        self.ids += example.prompt
-        self.positions += range(len(example.prompt))
+    def add(self, example: Example, shared: int) -> Segment:
+        """Lay out what is an example's own: its prompt from `shared` on, which the row begins with, and its completions."""
+        prompt = (*range(shared), *range(len(self.ids), len(self.ids) + len(example.prompt) - shared))
+        self.ids += example.prompt[shared:]
+        self.positions += range(shared, len(example.prompt))
         completions = []
         for number, completion in enumerate(example.completions):
             begin = len(self.ids)
             completions.append(slice(begin, begin + len(completion)))
-            before = [prompt.stop - 1, *range(begin, begin + len(completion) - 1)]
+            before = [prompt[-1], *range(begin, begin + len(completion) - 1)]
             counted = [i for i in range(len(completion)) if not example.trained or example.trained[number][i]]
             self.predicted_at += [before[i] for i in counted]
             self.targets += [completion[i] for i in counted]
@@ -127,10 +130,16 @@ def make_row(examples: Sequence[Example]) -> Row:
     for example in examples:
         if not example.prompt or not all(example.completions):
             raise ValueError(f"example {example.index} has an empty prompt or completion")
-    layout = _Layout()
-    segments = tuple(layout.add(example) for example in examples)
+    shared = shared_start([example.prompt for example in examples])
+    layout = _Layout([*shared], [*range(len(shared))])
+    segments = tuple(layout.add(example, len(shared)) for example in examples)
     tensors = {name: torch.tensor(value) for name, value in vars(layout).items()}
     return Row(tuple(examples), segments, **tensors)
+
+
+def shared_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What several prompts begin with. One by itself shares nothing."""
+    return commonprefix(prompts) if len(prompts) > 1 else ()
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -149,8 +158,9 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], row_tokens: int) -> list[Row]:
-    """Rows of at most `row_tokens` tokens that hold every example once."""
-    bins = fill([example.tokens for example in examples], row_tokens)
+    """Rows of at most `row_tokens` tokens that hold every example once; a larger example has a row to itself."""
+    shared = len(shared_start([example.prompt for example in examples]))
+    bins = fill([example.tokens - shared for example in examples], row_tokens - shared)
     return [make_row([examples[i] for i in members]) for members in bins]
 
 

@@ -170,7 +170,8 @@ class Trunk:
         window = getattr(self.model.config.get_text_config(), "sliding_window", None) or 0
         ids = [(7919 * i) % vocabulary for i in range(24 + (8 if 16 < window < 64 else 0))]
         prompt, completions = tuple(ids[:9]), (tuple(ids[9:16]), tuple(ids[16:]))
-        row = make_row([Example(0, tuple(ids[5:11]), (tuple(ids[2:6]),)), Example(1, prompt, completions)]).to(self.device)
+        other = Example(0, (*prompt[:3], *ids[5:11]), (tuple(ids[2:6]),))  # whose first tokens the other prompt's are too
+        row = make_row([other, Example(1, prompt, completions)]).to(self.device)
         own_attention = self.model.config._attn_implementation
         with torch.no_grad():
             plain = [

@@ -13,8 +13,10 @@ ROWS = {
 }
 
 
-def row_of(sizes):
-    return make_row([Example(i, (7,) * prompt, tuple((8,) * c for c in completions)) for i, (prompt, completions) in enumerate(sizes)])
+def row_of(sizes, shared=0):
+    """Examples of (prompt, completions) sizes; their prompts begin with the same `shared` tokens, as far as they go."""
+    prompts = [(7,) * min(shared, prompt) + (10 + i,) * (prompt - shared) for i, (prompt, _) in enumerate(sizes)]
+    return make_row([Example(i, prompts[i], tuple((8,) * c for c in completions)) for i, (_, completions) in enumerate(sizes)])
 
 
 def dense(query, key, value, scaling, row, window):
@@ -23,7 +25,7 @@ def dense(query, key, value, scaling, row, window):
     sees = torch.zeros(length, length, dtype=torch.bool)
     for segment in row.segments:
         for completion in segment.completions:
-            places = [*range(segment.prompt.start, segment.prompt.stop), *range(completion.start, completion.stop)]
+            places = [*segment.prompt, *range(completion.start, completion.stop)]
             for i, at in enumerate(places):
                 for j in range(i + 1):
                     sees[at, places[j]] = window is None or i - j < window
@@ -35,11 +37,12 @@ def dense(query, key, value, scaling, row, window):
 @pytest.mark.parametrize("kept", [0, 256])
 @pytest.mark.parametrize("queries", [1, 7, 128])
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("shared", [0, 2, 1000])
 @pytest.mark.parametrize("name", ROWS)
-def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, window, queries, kept, monkeypatch):
+def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, shared, window, queries, kept, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", queries)
     monkeypatch.setattr(attention, "KEPT", kept)
-    row = row_of(ROWS[name])
+    row = row_of(ROWS[name], shared)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(len(row.ids), heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (6, 2, 2)]
     blocks = cut(row.segments, window, torch.device("cpu"))
@@ -50,14 +53,18 @@ def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, win
         torch.testing.assert_close(mine, theirs)
 
 
-def test_every_place_is_a_query_once_and_a_prompt_a_key_of_each_completion():
-    row = row_of(ROWS["group"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_every_place_is_a_query_once_and_a_key_of_each_completion_that_sees_it(shared):
+    row = row_of(ROWS["group"], shared)
     blocks = cut(row.segments, None, torch.device("cpu"))
     queries = torch.cat([group.queries for group in blocks.groups])
     assert queries[blocks.query_of].tolist() == list(range(len(row.ids)))
-    keys = torch.cat([*(group.keys for group in blocks.groups), torch.tensor([-1])])
-    seen = [[place for place in keys[places].tolist() if place >= 0] for places in blocks.key_of]
-    assert seen == [[place] * (4 if place < 6 else 1) for place in range(len(row.ids))]
+    keys, seen = torch.cat([group.keys for group in blocks.groups]), {}
+    for places, among in blocks.keys_of:
+        assert (keys[among] == places[:, None]).all()
+        assert not seen.keys() & set(places.tolist())
+        seen |= dict.fromkeys(places.tolist(), among.shape[1])
+    assert [seen[place] for place in range(len(row.ids))] == [6] * shared + [4] * (6 - shared) + [1] * (len(row.ids) - 6)
 
 
 @pytest.mark.parametrize(("length", "pieces"), [(100, 1), (191, 1), (193, 2), (384, 3), (1024, 8)])

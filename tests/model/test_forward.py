@@ -1,6 +1,7 @@
 """The packed path against a plain padded forward of the same model by transformers and peft, with eager attention."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,14 @@ ROLE = Role(("one",))
 HEAD_ROLE = Role(("one",), "h")
 
 
-def some_examples(seed=0):
-    """Prompts of 1 to 20 tokens, 1 to 4 completions of 1 to 15; the last two are conversations of several turns."""
+SYSTEM = (2, 30, 31, 1, 3)
+
+
+def some_examples(seed=0, system=()):
+    """Prompts of 1 to 20 tokens, 1 to 4 completions of 1 to 15; the last two are conversations of several turns.
+
+    With `system` all prompts begin with it, and one is nothing else.
+    """
     rng = random.Random(seed)
 
     def ids(longest):
@@ -39,7 +46,9 @@ def some_examples(seed=0):
         completion = tuple(token for turn, _ in turns for token in turn)
         trained = tuple(counts for turn, counts in turns for _ in turn)
         examples.append(Example(index, ids(10), (completion,), (trained,)))
-    return examples
+    if system:
+        examples.append(Example(8, (), (ids(9), ids(9))))
+    return [replace(example, prompt=system + example.prompt) for example in examples]
 
 
 def randomise_b(trunk, seed=0):
@@ -127,12 +136,12 @@ def lora_gradients(trunk, plain):
     return found, expected
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "system"), [(1.0, ()), (0.7, ()), (1.0, SYSTEM)])
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
-def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, changes, temperature):
+def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, changes, temperature, system):
     trunk, plain = trunk_and_plain(kind, changes)
     assert trunk.packs
-    examples = some_examples()
+    examples = some_examples(system=system)
     weights = loss_weights(examples)
     expected = plain_logprobs(plain, examples, temperature)
     (expected * weights).sum().backward()
@@ -143,10 +152,11 @@ def test_packed_log_probabilities_and_gradients_are_the_padded_ones(kind, change
     assert_equal_gradients(*lora_gradients(trunk, plain))
 
 
+@pytest.mark.parametrize("system", [(), SYSTEM])
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
-def test_packed_values_scores_and_gradients_are_the_padded_ones(kind, changes):
+def test_packed_values_scores_and_gradients_are_the_padded_ones(kind, changes, system):
     trunk, plain = trunk_and_plain(kind, changes)
-    examples, head = some_examples(), trunk.heads["h"]
+    examples, head = some_examples(system=system), trunk.heads["h"]
     expected_values, expected_scores = plain_head(plain, head, examples)
     weights, score_weights = loss_weights(examples), torch.linspace(-1, 1, len(expected_scores))
     ((expected_values * weights).sum() + (expected_scores * score_weights).sum()).backward()
@@ -183,9 +193,10 @@ def test_a_model_that_does_not_pack_gives_the_same_numbers_the_padded_way(kind, 
     assert_equal_gradients(*lora_gradients(trunk, plain))
 
 
-def test_the_padded_way_gives_the_packed_values_and_scores():
+@pytest.mark.parametrize("system", [(), SYSTEM])
+def test_the_padded_way_gives_the_packed_values_and_scores(system):
     trunk, _ = trunk_and_plain("llama", {})
-    row, head = make_row(some_examples()), trunk.heads["h"]
+    row, head = make_row(some_examples(system=system)), trunk.heads["h"]
     found = []
     for packs in (True, False):
         trunk.packs = packs
@@ -224,10 +235,11 @@ def test_a_model_that_scales_its_logits_is_exact_or_refused(kind, changes):
         torch.testing.assert_close(forward(trunk, Role(), make_row(examples)).logprobs, expected, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("system", [(), SYSTEM])
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
-def test_who_shares_a_row_and_in_which_order_changes_nothing(kind, changes):
+def test_who_shares_a_row_and_in_which_order_changes_nothing(kind, changes, system):
     trunk, _ = trunk_and_plain(kind, changes)
-    examples = some_examples()
+    examples = some_examples(system=system)
 
     def by_example(rows):
         found = {}

@@ -9,13 +9,14 @@ TWO_COMPLETIONS = Example(7, (10, 11), ((20, 21, 22), (30,)), ((False, True, Tru
 ONE_COMPLETION = Example(3, (12,), ((40, 41),))
 
 
-def random_examples(count, seed=0):
+def random_examples(count, seed=0, shared=0):
+    """Prompts of 1 to 20 tokens after `shared` that all begin with, 1 to 4 completions of 1 to 20."""
     rng = random.Random(seed)
 
     def ids():
         return tuple(rng.randrange(261) for _ in range(rng.randint(1, 20)))
 
-    return [Example(i, ids(), tuple(ids() for _ in range(rng.randint(1, 4)))) for i in range(count)]
+    return [Example(i, (7,) * shared + ids(), tuple(ids() for _ in range(rng.randint(1, 4)))) for i in range(count)]
 
 
 @pytest.mark.parametrize("row_tokens", [16, 40, 100, 333, 10_000])
@@ -25,11 +26,21 @@ def test_packing_holds_every_example_exactly_once(row_tokens):
     assert sorted(packed, key=lambda example: example.index) == examples
 
 
+@pytest.mark.parametrize("shared", [0, 3, 30])
 @pytest.mark.parametrize("row_tokens", [16, 40, 100, 333, 10_000])
-def test_no_row_is_over_budget_but_for_a_single_example_that_is(row_tokens):
-    for row in pack(random_examples(50), row_tokens):
-        assert len(row.ids) == sum(example.tokens for example in row.examples)
+def test_no_row_is_over_budget_but_for_a_single_example_that_is(row_tokens, shared):
+    for row in pack(random_examples(50, shared=shared), row_tokens):
+        once = shared * (len(row.examples) - 1)
+        assert len(row.ids) <= sum(example.tokens for example in row.examples) - once
         assert len(row.ids) <= row_tokens or len(row.examples) == 1
+
+
+def test_what_all_prompts_begin_with_is_laid_out_once_and_makes_room_for_more():
+    """30 tokens of a system prompt and 9 to 12 of an example's own: three examples fit where one would."""
+    examples = [Example(i, (*range(100, 130), 5 + i), ((40,) * (8 + i),)) for i in range(4)]
+    rows = pack(examples, 64)
+    assert [row.indices for row in rows] == [[1, 2, 3], [0]]
+    assert [len(row.ids) for row in rows] == [30 + 10 + 11 + 12, 30 + 9]
 
 
 def test_first_fit_with_the_largest_first_by_hand():
@@ -49,8 +60,24 @@ def test_a_row_by_hand():
     assert row.last.tolist() == [4, 5, 8]
     assert row.indices == [7, 3]
     assert [(s.prompt, s.completions) for s in row.segments] == [
-        (slice(0, 2), (slice(2, 5), slice(5, 6))),
-        (slice(6, 7), (slice(7, 9),)),
+        ((0, 1), (slice(2, 5), slice(5, 6))),
+        ((6,), (slice(7, 9),)),
+    ]
+
+
+def test_a_row_with_a_shared_prompt_by_hand():
+    """10 and 11 begin every prompt; the second example's is nothing else, so 11 predicts its first token."""
+    row = make_row([Example(0, (10, 11, 12), ((20, 21), (30,))), Example(1, (10, 11), ((40, 41),)), Example(2, (10, 11, 13), ((50,),))])
+    assert row.ids.tolist() == [10, 11, 12, 20, 21, 30, 40, 41, 13, 50]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 3, 2, 3, 2, 3]
+    assert row.predicted_at.tolist() == [2, 3, 2, 1, 6, 8]
+    assert row.targets.tolist() == [20, 21, 30, 40, 41, 50]
+    assert row.owner.tolist() == [0, 0, 1, 2, 2, 3]
+    assert row.last.tolist() == [4, 5, 7, 9]
+    assert [(s.prompt, s.completions) for s in row.segments] == [
+        ((0, 1, 2), (slice(3, 5), slice(5, 6))),
+        ((0, 1), (slice(6, 8),)),
+        ((0, 1, 8), (slice(9, 10),)),
     ]
 
 

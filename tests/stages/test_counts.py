@@ -13,8 +13,9 @@ from align.stages.dpo import DirectPreference
 from align.stages.reward import BradleyTerry
 from align.stages.sft import Likelihood
 
-EXAMPLES = [Example(i, (3, *range(50, 50 + i), 4), ((60, 61, 1), (62,) * (i + 1) + (1,))) for i in range(6)]
-TOKENS = sum(len(e.prompt) + sum(map(len, e.completions)) for e in EXAMPLES)
+SYSTEM = (2, 30, 31)  # which all prompts begin with
+EXAMPLES = [Example(i, (*SYSTEM, 70 + i, *range(50, 50 + i), 4), ((60, 61, 1), (62,) * (i + 1) + (1,))) for i in range(6)]
+OWN_TOKENS = sum(len(e.prompt) - len(SYSTEM) + sum(map(len, e.completions)) for e in EXAMPLES)
 COMPLETION_TOKENS = sum(map(len, (c for e in EXAMPLES for c in e.completions)))
 
 
@@ -52,12 +53,13 @@ def step(objective, examples, row_tokens):
 def test_sft_passes_each_token_once_and_only_what_counts_through_the_output_layer(chat, counted, row_tokens):
     trainee = make_trainee(chat)
     found = counted(trainee.trunk)
-    turns = [Example(i, e.prompt, (sum(e.completions, ()),), ((False, False, *[True] * (i + 3)),)) for i, e in enumerate(EXAMPLES)]
+    conversations = [((*SYSTEM, 90 + i, 4), sum(e.completions, ())) for i, e in enumerate(EXAMPLES)]
+    turns = [Example(i, prompt, (rest,), ((False, False, *[True] * (i + 3)),)) for i, (prompt, rest) in enumerate(conversations)]
     alone = [Example(e.index, e.prompt, e.completions[:1]) for e in EXAMPLES]
     rows = step(Likelihood(trainee), [*alone, *turns], row_tokens)
     assert found == {
         "passes": rows,
-        "tokens": sum(e.tokens for e in alone + turns),
+        "tokens": rows * len(SYSTEM) + sum(e.tokens - len(SYSTEM) for e in alone + turns),
         "outputs": sum(len(e.completions[0]) for e in alone) + sum(i + 3 for i in range(6)),
     }
 
@@ -68,14 +70,14 @@ def test_dpo_passes_a_prompt_once_for_both_sides_and_never_the_reference(chat, c
     objective = DirectPreference(trainee, torch.ones(6), torch.zeros(6, 2), DPOSettings())
     found = counted(trainee.trunk)
     rows = step(objective, EXAMPLES, row_tokens)
-    assert found == {"passes": rows, "tokens": TOKENS, "outputs": COMPLETION_TOKENS}
+    assert found == {"passes": rows, "tokens": rows * len(SYSTEM) + OWN_TOKENS, "outputs": COMPLETION_TOKENS}
 
 
 def test_a_reward_model_has_no_output_layer(chat, counted):
     trainee = make_trainee(chat, head=True)
     found = counted(trainee.trunk)
     rows = step(BradleyTerry(trainee, torch.ones(6), torch.zeros(6), RewardSettings()), EXAMPLES, 1024)
-    assert found == {"passes": rows, "tokens": TOKENS, "outputs": 0}
+    assert found == {"passes": rows, "tokens": rows * len(SYSTEM) + OWN_TOKENS, "outputs": 0}
 
 
 def test_a_round_of_ppo_passes_its_rows_four_times_to_score_and_twice_an_update(chat, counted, tmp_path, monkeypatch):
