@@ -94,7 +94,7 @@ class Group:
     queries: Tensor  # (blocks * longest,) places in the row
     keys: Tensor  # (blocks * longest,) places in the row
     padded_queries: Tensor  # which of the queries are padding
-    hidden_mask: Tensor  # (blocks, 1, 1, queries, keys) True where a query may not see a key
+    hiding: Tensor  # (blocks, 1, 1, queries, keys) added to scores: 0, or -inf where a query may not see a key; exact in bfloat16
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Blocks:
     @property
     def keys_of_a_query(self) -> float:
         """How many keys each place sees on average, padding and hidden ones included."""
-        return sum(group.hidden_mask.numel() for group in self.groups) / len(self.query_of)
+        return sum(group.hiding.numel() for group in self.groups) / len(self.query_of)
 
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
@@ -188,7 +188,8 @@ def _group(blocks: list[tuple[Sequence[int], Sequence[int]]], widest: int, longe
     hidden[padding] = key[0] > 0  # padding must see something; nothing reads what comes of it
     queries = [[*places, *[0] * (widest - len(places))] for places, _ in blocks]
     keys = [[*places, *[0] * (longest - len(places))] for _, places in blocks]
-    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hidden[:, None, None])
+    hiding = torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, float("-inf"))[:, None, None]
+    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hiding)
     return Group(len(blocks), *(tensor.to(device) for tensor in tensors))
 
 
@@ -268,8 +269,9 @@ def _summed(parts: list[Tensor], blocks: Blocks) -> Tensor:
 def _weights(query: Tensor, key: Tensor, scaling: float, group: Group) -> Tensor:
     """Attention weights of a group, 0 where a query may not see. Shape (blocks * key heads, group * queries, keys)."""
     scores = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
-    queries, keys = group.hidden_mask.shape[-2:]
-    scores.view(group.blocks, len(scores) // group.blocks, -1, queries, keys).masked_fill_(group.hidden_mask, float("-inf"))
+    queries, keys = group.hiding.shape[-2:]
+    by_block = scores.view(group.blocks, len(scores) // group.blocks, -1, queries, keys)
+    by_block.add_(group.hiding.to(scores.dtype))  # seven times as fast as filling under a mask
     return torch.softmax(scores, dim=-1)
 
 

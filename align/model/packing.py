@@ -139,7 +139,7 @@ def make_row(examples: Sequence[Example]) -> Row:
 
 def shared_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What several prompts begin with. One by itself shares nothing."""
-    return commonprefix(prompts) if len(prompts) > 1 else ()
+    return tuple(commonprefix(prompts)) if len(prompts) > 1 else ()
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:

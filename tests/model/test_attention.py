@@ -71,13 +71,13 @@ def test_every_place_is_a_query_once_and_a_key_of_each_completion_that_sees_it(s
 def test_a_long_sequence_is_cut_into_even_pieces_that_see_little_they_may_not(length, pieces):
     groups = cut(row_of([(length - 1, [1])]).segments, None, torch.device("cpu")).groups
     assert sum(group.blocks for group in groups) == pieces
-    scores = sum(group.hidden_mask.numel() for group in groups)
+    scores = sum(group.hiding.numel() for group in groups)
     assert scores <= 1.5 * length**2 * (1 + 1 / pieces) / 2 + 4096 * len(groups)
 
 
 def test_a_piece_sees_no_keys_that_the_window_hides_from_all_of_it():
     (group,) = cut(row_of([(600, [424])]).segments, 10, torch.device("cpu")).groups
-    assert group.hidden_mask.shape == (8, 1, 1, 128, 137)
+    assert group.hiding.shape == (8, 1, 1, 128, 137)
 
 
 def test_blocks_of_like_size_are_one_product_and_unlike_ones_are_not_padded():
