@@ -230,7 +230,7 @@ def _left_of_limit(group: Path) -> float:
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the system (glibc). Training does so after every step: holes would grow for the first thirty."""
+    """Give freed memory back to the system (glibc). Training does so now and then: holes grow for some thirty steps."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
