@@ -10,12 +10,14 @@ processor's own type, no checkpointing, the reference computed once, packing whe
 and count the reference's pass. That losses and gradients are equal is tested in tests/parity.
 
 Of the machine: how much of its measured rate of matrix products the arithmetic amounts to that no way of training these adapters can
-leave out: for each token once, forward and backward through the frozen weights (4 operations a weight, 6 with DPO's reference), and
-the same through the output layer for each token that is predicted. Writes runs/trl_training.png.
+leave out: for each token once (of what all prompts begin with, once a step), forward and backward through the frozen weights (4
+operations a weight, 6 with DPO's reference), and the same through the output layer for each token that is predicted. Writes
+runs/trl_training.png.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -53,13 +55,16 @@ def useful_operations(kind: str, data: list[dict]) -> float:
     from align.base import find_base, local_model
     from align.chat import Chat
     from align.memory import shape_of
+    from align.model.packing import shared_start
 
     base = find_base("embedded")
     chat, shape = Chat.load(local_model(base)), shape_of(base)
     assert shape is not None
-    tokens = predicted = 0
-    for row in data:
-        prompt = len(chat.prompt_ids(row["prompt"]))
+    prompts = [tuple(chat.prompt_ids(row["prompt"])) for row in data]
+    tokens = -len(shared_start(prompts)) * (len(data) - math.ceil(len(data) / STEP))  # once a step
+    predicted = 0
+    for row, ids in zip(data, prompts, strict=True):
+        prompt = len(ids)
         sides = [
             len(chat.prompt_ids([*row["prompt"], *row[side]])) - prompt for side in ("completion", "chosen", "rejected") if side in row
         ]
