@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from align.model.packing import Example, Row, pack, shuffled_batches
 from align.progress import Meter
 from align.settings import Training
 
-TIDY_EVERY = 16  # steps: freed memory given back after each costs a tenth of a step's time, and never, a tenth of its memory
+TIDY_EVERY = 4  # updates: to fault freed memory in again after each costs a tenth of a step
+_updates = itertools.count(1)
 
 Totals = dict[str, float]
 Sums = dict[str, tuple[float, float]]  # metric -> (sum, number of things summed)
@@ -90,6 +92,8 @@ def update(optimizer: torch.optim.Optimizer, rates: Sequence[float], max_grad_no
         norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if next(_updates) % TIDY_EVERY == 0:
+        give_back_memory()
     return norms
 
 
@@ -174,8 +178,6 @@ def train(
         rate = learning_rate(step, steps, settings.learning_rate, settings.warmup, settings.decay)
         metrics = _step(accelerator, objective, rows, optimizer, rate, settings.max_grad_norm, where)
         done = step + 1
-        if done % TIDY_EVERY == 0:
-            give_back_memory()
         if heldout and (done % settings.eval_every == 0 or done == steps):
             last = evaluate(objective, heldout, settings.row_tokens)
             metrics |= last

@@ -28,7 +28,6 @@ from align.learn.session import Session, open_session
 from align.learn.shaping import RunningScores, scores_that_count, shape_scores
 from align.learn.updates import minibatches, update_step
 from align.learn.watch import Watch
-from align.memory import give_back_memory
 from align.model.load import largest_change_at_start, own_model, save_model
 from align.model.packing import Example, Row, pack
 from align.ngrams import repetition
@@ -130,7 +129,6 @@ def play_round(session: Session, state: State, iteration: int, meter: Meter) -> 
     updated, passes = update(session, state, rollouts, first, iteration, meter)
     clock.lap("updating", tokens * passes)
     state.metrics = {**metrics, **updated, **clock.rates}
-    give_back_memory()
     if settings.kl_target is not None:
         state.kl_coef = next_kl_coef(state.kl_coef, metrics["kl"], len(scores.raw), settings.kl_target, settings.kl_horizon)
     if iteration % settings.samples_every == 0 or iteration + 1 == settings.iterations:
