@@ -291,4 +291,4 @@ def test_kto_and_rloo_on_the_real_model(smollm2, shared_data, tmp_path):
     assert [a.name for a in Artifact.open(tmp_path / "run" / dpo.name).chain()] == ["rloo", "dpo"]
     for name in ("kto", "rloo"):
         artifact = Artifact.open(tmp_path / "run" / name)
-        assert artifact.facts["checks"]["change_at_start"] < 5  # of logits up to 33 large on random tokens, in bfloat16
+        assert artifact.facts["checks"]["change_at_start"] < 0.25  # of logits of 16, in bfloat16; without its adapter 0.28
