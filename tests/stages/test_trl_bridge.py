@@ -209,6 +209,21 @@ def test_what_trl_refuses_is_told_with_the_stage(tiny_base, data, tmp_path):
         execute(recipe, tmp_path / "run")
 
 
+def test_joined_adapters_that_change_the_policy_are_refused(tiny_base, data, tmp_path, monkeypatch):
+    """An eighth too much of every B, which is far more than float32's rounding."""
+
+    def wrong(folders):
+        config, weights = compose(folders)
+        return config, {name: weight * 1.125 if "lora_B" in name else weight for name, weight in weights.items()}
+
+    recipe = Recipe("bad", base=str(tiny_base), dtype="float32")
+    sft = recipe.sft(data=data / "chat.jsonl", lora=Lora(rank=4), **SMALL)
+    recipe.trl(trainer="DPO", policy=sft, data=data / "preferences.jsonl", **FEW)
+    monkeypatch.setattr("align.stages.trl.compose", wrong)
+    with pytest.raises(AlignError, match=r"dpo: the policy's 1 adapters, joined into one, change logits by .*could be rounding"):
+        execute(recipe, tmp_path / "run")
+
+
 def test_what_trl_raises_in_training_is_not_called_a_refusal(tiny_base, data, tmp_path, monkeypatch):
     def stops(*arguments, **more):
         raise KeyError("advantages")
