@@ -188,9 +188,13 @@ def _group(blocks: list[tuple[Sequence[int], Sequence[int]]], widest: int, longe
     hidden[padding] = key[0] > 0  # padding must see something; nothing reads what comes of it
     queries = [[*places, *[0] * (widest - len(places))] for places, _ in blocks]
     keys = [[*places, *[0] * (longest - len(places))] for _, places in blocks]
-    hiding = torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill_(hidden, float("-inf"))[:, None, None]
-    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hiding)
+    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hiding(hidden))
     return Group(len(blocks), *(tensor.to(device) for tensor in tensors))
+
+
+def hiding(hidden: Tensor) -> Tensor:
+    """What is added to scores: 0, or -inf where `hidden`. Shape (sequences, ...) to (sequences, 1, 1, ...)."""
+    return torch.zeros(hidden.shape, dtype=torch.bfloat16, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
 class _RowAttention(torch.autograd.Function):

@@ -1,4 +1,5 @@
 import random
+from os.path import commonprefix
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ def test_packing_holds_every_example_exactly_once(row_tokens):
 @pytest.mark.parametrize("row_tokens", [16, 40, 100, 333, 10_000])
 def test_no_row_is_over_budget_but_for_a_single_example_that_is(row_tokens, shared):
     for row in pack(random_examples(50, shared=shared), row_tokens):
-        once = shared * (len(row.examples) - 1)
-        assert len(row.ids) <= sum(example.tokens for example in row.examples) - once
+        begin = commonprefix([example.prompt for example in row.examples])
+        assert len(begin) >= shared
+        assert len(row.ids) == sum(example.tokens for example in row.examples) - len(begin) * (len(row.examples) - 1)
         assert len(row.ids) <= row_tokens or len(row.examples) == 1
 
 
