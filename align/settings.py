@@ -66,7 +66,7 @@ class Optimiser(Settings):
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients with a larger norm are scaled down to it.")
-    row_tokens: int = Field(1024, ge=16, description="Tokens in one packed row, that is in one forward pass.")
+    row_tokens: int = Field(2048, ge=16, description="Tokens in one packed row, that is in one forward pass.")
     gradient_checkpointing: bool | None = Field(
         None,
         description="Compute activations again in the backward pass: less memory, up to 1.5 times the time, the same result. "

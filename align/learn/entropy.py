@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from align.model.forward import PolicyOutputs, hidden_states, picked
+from align.model.forward import PolicyOutputs, hidden_states
 from align.model.output import CHUNK, all_logprobs, entropy, target_logprobs
 from align.model.packing import Row
 from align.model.trunk import Role, Trunk
@@ -16,7 +16,7 @@ def forward_with_entropy(trunk: Trunk, role: Role, row: Row, temperature: float)
     """As `align.model.forward.forward`, with gradients through the entropy too: one more product with the output layer."""
     row = row.to(trunk.device)
     with trunk.computing(role):
-        hidden = picked(hidden_states(trunk, row), row.predicted_at)
+        hidden = hidden_states(trunk, row, row.predicted_at)
         logprobs, _ = target_logprobs(trunk, hidden, row.targets, temperature)
         parts = [checkpoint(_entropy, trunk, part, temperature, use_reentrant=False) for part in hidden.split(CHUNK)]
         return PolicyOutputs(logprobs, torch.cat(parts))

@@ -17,7 +17,7 @@ from align.judge.judgement import Judge, Question, Reply
 from align.judge.open import fitting_template
 from align.learn.prompts import PromptRow
 from align.learn.rollouts import Sampled
-from align.model.forward import forward_head
+from align.model.forward import forward_scores
 from align.model.packing import Row
 from align.model.trunk import Role, Trunk
 from align.records import Message
@@ -79,7 +79,7 @@ class TrunkReward:
         """One pass over the rows."""
         found: dict[int, Tensor] = {}
         for row in rows:
-            scores = forward_head(self.trunk, self.role, row).scores.cpu()
+            scores = forward_scores(self.trunk, self.role, row).cpu()
             found |= zip(row.indices, scores.split([len(example.completions) for example in row.examples]), strict=True)
         return torch.cat([found[one.example.index] for one in sampled])
 

@@ -163,13 +163,13 @@ def grouped(blocks: Sequence[tuple[Sequence[int], Sequence[int]]], window: int |
 
 
 def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
-    """Blocks by (queries, keys), the largest first, in groups whose padded scores are at most half as many again."""
+    """Blocks by (queries, keys), the largest first, in groups whose padded scores are at most a quarter more."""
     groups: list[list[int]] = []
     real, widest, longest = 0, 0, 0
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
         queries, keys = sizes[i]
         padded = (len(groups[-1]) + 1) * max(widest, queries) * max(longest, keys) if groups else 0
-        if not groups or padded > 1.5 * (real + queries * keys) + SMALL:
+        if not groups or padded > 1.25 * (real + queries * keys) + SMALL:
             groups.append([])
             real, widest, longest = 0, 0, 0
         groups[-1].append(i)

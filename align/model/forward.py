@@ -36,7 +36,7 @@ def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Pol
     """Log-probabilities of the row's completion tokens, with the role's adapters on the base."""
     row = row.to(trunk.device)
     with trunk.computing(role):
-        hidden = picked(hidden_states(trunk, row), row.predicted_at)
+        hidden = hidden_states(trunk, row, row.predicted_at)
         return PolicyOutputs(*target_logprobs(trunk, hidden, row.targets, temperature))
 
 
@@ -45,8 +45,17 @@ def forward_head(trunk: Trunk, role: Role, row: Row) -> HeadOutputs:
     assert role.head is not None
     row = row.to(trunk.device)
     with trunk.computing(role):
-        hidden, head = hidden_states(trunk, row), trunk.heads[role.head]
-        return HeadOutputs(head(picked(hidden, row.predicted_at)), head(picked(hidden, row.last)))
+        hidden = hidden_states(trunk, row, torch.cat([row.predicted_at, row.last]))
+        values, scores = trunk.heads[role.head](hidden).split([len(row.predicted_at), len(row.last)])
+        return HeadOutputs(values, scores)
+
+
+def forward_scores(trunk: Trunk, role: Role, row: Row) -> Tensor:
+    """The scores alone, which take less of the last layer. Shape (completion,), float32."""
+    assert role.head is not None
+    row = row.to(trunk.device)
+    with trunk.computing(role):
+        return trunk.heads[role.head](hidden_states(trunk, row, row.last))
 
 
 def picked(hidden: Tensor, places: Tensor) -> Tensor:
@@ -58,26 +67,27 @@ def picked(hidden: Tensor, places: Tensor) -> Tensor:
     return hidden.index_select(0, places)
 
 
-def hidden_states(trunk: Trunk, row: Row) -> Tensor:
-    """The last hidden state at every token of the row. Shape (length, hidden)."""
+def hidden_states(trunk: Trunk, row: Row, places: Tensor) -> Tensor:
+    """The last hidden state at some places of the row, which may be named twice. Shape (places,) to (places, hidden)."""
     if not trunk.packs:
-        return _padded_hidden_states(trunk, row)
-    return packed_hidden_states(trunk, row.ids, row.positions, lambda window: cut(row.segments, window, row.ids.device))
+        return picked(_padded_hidden_states(trunk, row), places)
+    return packed_hidden_states(trunk, row.ids, row.positions, lambda window: cut(row.segments, window, row.ids.device), places)
 
 
-def packed_hidden_states(trunk: Trunk, ids: Tensor, positions: Tensor, blocks: Callable[[int | None], Blocks]) -> Tensor:
-    """The last hidden state at every token of a row that is cut into blocks.
+def packed_hidden_states(trunk: Trunk, ids: Tensor, positions: Tensor, blocks: Callable[[int | None], Blocks], places: Tensor) -> Tensor:
+    """The last hidden state at some places of a row that is cut into blocks.
 
     Args:
         trunk: one that packs.
         ids: shape (length,).
         positions: shape (length,).
         blocks: gives the blocks for a sliding window, or for none.
+        places: shape (places,).
 
     Returns:
-        Shape (length, hidden).
+        Shape (places, hidden).
     """
-    return row_hidden_states(trunk.decoder, ids, positions, row_blocks=cache(blocks))
+    return picked(row_hidden_states(trunk.decoder, ids, positions, row_blocks=cache(blocks), read=places.unique()), places)
 
 
 def row_hidden_states(decoder: Module, ids: Tensor, positions: Tensor, **attending: Any) -> Tensor:
@@ -87,7 +97,8 @@ def row_hidden_states(decoder: Module, ids: Tensor, positions: Tensor, **attendi
         decoder: of a model that packs.
         ids: shape (length,).
         positions: shape (length,).
-        **attending: `row_blocks` or `slots` of `align.model.attention.packed_attention`.
+        **attending: `row_blocks` or `slots` of `align.model.attention.packed_attention`; `read`, the places whose hidden states are
+            asked for, of which `align.model.last_layer` makes use.
 
     Returns:
         Shape (length, hidden).

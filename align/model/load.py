@@ -15,7 +15,7 @@ from align.artifact import Artifact
 from align.base import Base, loading_explained, local_model
 from align.chat import Chat
 from align.errors import AlignError
-from align.model.forward import forward, forward_head
+from align.model.forward import forward, forward_scores
 from align.model.generate import Completion, sample, suit_to_few_tokens
 from align.model.packing import Example, make_row
 from align.model.trunk import Head, Role, Trunk, native_dtype
@@ -127,8 +127,8 @@ def save_probes(trunk: Trunk, role: Role, examples: list[Example], folder: Path)
 def probe_scores(trunk: Trunk, role: Role, examples: list[Example]) -> list[float]:
     """Scores of the examples' completions, one example a row so that no packing can move them."""
     with torch.no_grad():
-        outputs = [forward_head(trunk, role, make_row([example])) for example in examples]
-    return [score for output in outputs for score in output.scores.tolist()]
+        rows = [make_row([example]) for example in examples]
+        return [score for row in rows for score in forward_scores(trunk, role, row).tolist()]
 
 
 def check_probes(trunk: Trunk, role: Role, artifact: Artifact) -> float:

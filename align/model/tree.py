@@ -81,6 +81,6 @@ def last_hidden_states(trunk: Trunk, tree: Tree) -> Tensor:
     device = trunk.device
     if not trunk.packs:
         row = make_row([Example(i, ids[:1], (ids[1:],)) for i, ids in enumerate(tree.sequences)]).to(device)
-        return hidden_states(trunk, row)[row.last]
+        return hidden_states(trunk, row, row.last)
     ids, positions, last = (tensor.to(device) for tensor in (tree.ids, tree.positions, tree.last))
-    return packed_hidden_states(trunk, ids, positions, lambda window: grouped(tree.blocks, window, device))[last]
+    return packed_hidden_states(trunk, ids, positions, lambda window: grouped(tree.blocks, window, device), last)

@@ -21,6 +21,7 @@ from align.errors import AlignError
 from align.model import attention
 from align.model.forward import hidden_states
 from align.model.gated import keep_products, make_products_again
+from align.model.last_layer import skip_what_nobody_reads
 from align.model.lora import is_plain, run_in_base_precision
 from align.model.norm import run_frozen_norms
 from align.model.packing import Example, make_row
@@ -128,6 +129,7 @@ class Trunk:
         self.dropout = False  # of the adapters, while they are trained
         self.autocast = False  # matrix products in bfloat16 on float32 weights, for full fine-tuning
         self.own_attention = model.config._attn_implementation
+        skip_what_nobody_reads(self.model)
         self.packs = True
         self.packs = self._packing_is_exact()
         run_frozen_norms(self.model)
@@ -180,7 +182,7 @@ class Trunk:
             ]
             try:
                 self.model.set_attn_implementation(attention.NAME)
-                packed = self.output_layer(hidden_states(self, row)[row.predicted_at[row.owner > 0]]).float()
+                packed = self.output_layer(hidden_states(self, row, row.predicted_at[row.owner > 0])).float()
             except (TypeError, ValueError, RuntimeError, AttributeError):
                 packed = torch.full_like(torch.cat(plain).float(), float("nan"))
         expected = torch.cat(plain).float()
@@ -189,7 +191,7 @@ class Trunk:
             self.model.set_attn_implementation(own_attention)
             self.packs = False
             with torch.no_grad():
-                padded = self.output_layer(hidden_states(self, row)[row.predicted_at[row.owner > 0]]).float()
+                padded = self.output_layer(hidden_states(self, row, row.predicted_at[row.owner > 0])).float()
             if not self._near(padded, expected):
                 raise AlignError(
                     f"{type(self.model).__name__}: its logits are not its output layer times its last hidden state (they are scaled, "

@@ -21,7 +21,7 @@ from align.data.originals import original_rows, places_of
 from align.data.tokenise import prompt_ids
 from align.errors import AlignError
 from align.ifeval import Instructions, followed, instructions_of
-from align.model.forward import forward, forward_head
+from align.model.forward import forward, forward_scores
 from align.model.generate import Completion
 from align.model.load import Sampler, each_policy, load_role, open_trunk, root_identity
 from align.model.packing import Example, Row, pack
@@ -201,7 +201,7 @@ def _scores(trunk: Trunk, reward: Role, answer: Answers, settings: EvaluateSetti
     """The reward model's score of each completion that ended its turn."""
     found: dict[int, list[float]] = {}
     for row in pack(answer.examples, settings.row_tokens):
-        found |= _by_example(row, forward_head(trunk, reward, row).scores)
+        found |= _by_example(row, forward_scores(trunk, reward, row))
     return [
         [score if completion.ended else None for score, completion in zip(found[example.index], completions, strict=True)]
         for example, completions in zip(answer.examples, answer.completions, strict=True)

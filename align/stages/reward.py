@@ -13,7 +13,7 @@ from align.data.tokenise import DEMONSTRATIONS, Examples, demonstrations, prepar
 from align.learn.graded import Graded, breakdown
 from align.learn.losses import bradley_terry_loss
 from align.learn.optimise import Sums, Totals, evaluate, train
-from align.model.forward import forward_head
+from align.model.forward import forward_scores
 from align.model.load import HEAD, Trainee, largest_change_at_start, open_trainee, own_model, save_model, save_probes
 from align.model.packing import Example, Row, pack
 from align.run import Job, Result
@@ -36,7 +36,7 @@ class BradleyTerry:
 
     def __call__(self, row: Row, totals: Totals) -> tuple[Tensor, Sums]:
         """The row's share of the loss, and how often the score agrees with the label (where the label says anything)."""
-        scores = forward_head(self.trainee.trunk, self.trainee.role, row).scores
+        scores = forward_scores(self.trainee.trunk, self.trainee.role, row)
         chosen, rejected = scores.view(-1, 2).unbind(1)
         probability = self.probability[row.indices].to(scores.device)
         margin = self.margin[row.indices].to(scores.device) * self.settings.margins
@@ -105,7 +105,7 @@ def _centre(job: Job, trainee: Trainee, data: Examples) -> tuple[float, str]:
 def score(trainee: Trainee, examples: list[Example], row_tokens: int) -> Tensor:
     """Scores of every completion. Shape (completions,), in the order of the rows."""
     with torch.no_grad():
-        return torch.cat([forward_head(trainee.trunk, trainee.role, row).scores for row in pack(examples, row_tokens)]).float()
+        return torch.cat([forward_scores(trainee.trunk, trainee.role, row) for row in pack(examples, row_tokens)]).float()
 
 
 def grade(objective: BradleyTerry, data: Examples, row_tokens: int) -> list[Graded]:
