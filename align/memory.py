@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
+from statistics import mean, pstdev
 
 from rich.markup import escape
 
@@ -30,6 +31,7 @@ MARGIN = 1.25  # an estimate may be this far off
 REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
 SEEN = 128  # keys that a token of a training row sees, about; weights of many more are not kept (align.model.attention.KEPT)
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
+CHARACTERS = 4  # of a row of data, its names and brackets included, to a token of a chat, about
 KEPT = {4: 1.7, 2: 3.0}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
 
 
@@ -93,7 +95,7 @@ def shape_of(base: Base) -> Shape | None:
             heads * size,
             config.get("num_key_value_heads", heads) * size,
             config["vocab_size"],
-            sum(prod(shape) for _, shape in tensors),
+            sum(math.prod(shape) for _, shape in tensors),
             tuple((name.split(".")[-2], s[1], s[0]) for name, s in tensors if len(s) == 2 and any(p.isdigit() for p in name.split("."))),
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,10 +141,10 @@ def _peak(shape: Shape, planned: Planned, stack: Sequence[Lora], dtype: str | No
     settings = planned.stage.settings
     itemsize = 2 if _computes_in_bfloat16(dtype) else 4
     if isinstance(settings, Training) and settings.lora is None:
-        return _weights(shape, "float32", 4) + _training(shape, settings, stack, 4)
+        return _weights(shape, "float32", 4) + _training(shape, planned, settings, stack, 4)
     weights = _weights(shape, dtype, itemsize)
     if isinstance(settings, Training):
-        return weights + _training(shape, settings, stack, itemsize)
+        return weights + _training(shape, planned, settings, stack, itemsize)
     if isinstance(settings, PPOSettings):
         return weights + _ppo(shape, settings, stack, itemsize)
     if isinstance(settings, EvaluateSettings):
@@ -161,10 +163,16 @@ def _weights(shape: Shape, dtype: str | None, itemsize: int) -> float:
     return (shape.parameters - linear) * itemsize + linear * 0.52 if dtype == "nf4" else shape.parameters * itemsize
 
 
-def _training(shape: Shape, settings: Training, stack: Sequence[Lora], itemsize: int) -> float:
+def _training(shape: Shape, planned: Planned, settings: Training, stack: Sequence[Lora], itemsize: int) -> float:
     """What is trained, and the activations of a row."""
     trained = shape.adapter(settings.lora) if settings.lora else shape.parameters
-    return trained * TRAINED + _row(shape, settings, settings.batch_size * settings.max_length, stack, itemsize)
+    return trained * TRAINED + _row(shape, settings, _tokens_of_a_step(planned, settings), stack, itemsize)
+
+
+def _tokens_of_a_step(planned: Planned, settings: Training) -> float:
+    """Tokens of an optimizer step, two standard deviations above the mean: one in forty holds more."""
+    sizes = [min(length / CHARACTERS, settings.max_length) for length in planned.lengths] or [settings.max_length]
+    return settings.batch_size * mean(sizes) + 2 * math.sqrt(settings.batch_size) * pstdev(sizes)
 
 
 def _ppo(shape: Shape, settings: PPOSettings, stack: Sequence[Lora], itemsize: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from statistics import mean
 from typing import Any
 
 from align.base import cached_facts, keep_fact
@@ -14,17 +15,13 @@ from align.settings import EvaluateSettings, PPOSettings, SampleSettings, Traini
 TOOK = "took.json"
 LAST = 5  # stages of a kind that are remembered
 LONG_ENOUGH = 10.0  # seconds; a shorter stage mostly loads and says little of the pace
-LOOKED_AT = 200  # rows whose length stands for that of all
 
 
 def work(planned: Planned) -> float | None:
     """What a stage does, in a unit of its kind: characters trained on, or tokens at most that are sampled or pass by. None: not known."""
     settings, rows = planned.stage.settings, planned.data
     if isinstance(settings, Training):
-        if not planned.learned:
-            return None
-        looked_at = [len(str(record)) for record in planned.learned.records(LOOKED_AT)]
-        return settings.epochs * len(planned.learned) * sum(looked_at) / len(looked_at)
+        return settings.epochs * len(planned.learned) * mean(planned.lengths) if planned.learned else None
     if isinstance(settings, PPOSettings):
         return _tokens(settings.model_dump()) * settings.iterations
     if isinstance(settings, EvaluateSettings | SampleSettings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ COMPLETIONS = "completions.jsonl"
 SAMPLED = "sampled.jsonl"  # what a stopped sampling has so far
 PARTIAL = ".partial"
 CHECKPOINT = "checkpoint.safetensors"
+LOOKED_AT = 200  # rows whose length stands for that of all
 
 
 @dataclass
@@ -54,6 +56,11 @@ class Planned:
     def learned(self) -> Data | None:
         """The rows that training learns from; none where there are none, or another stage makes them."""
         return self.data.get("data", self.data.get("preferences"))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Characters of the first of those rows, names and brackets included."""
+        return [len(str(record)) for record in self.learned.records(LOOKED_AT)] if self.learned else []
 
     @property
     def steps(self) -> int | None:

@@ -114,14 +114,14 @@ def ours(kind: str, count: int, folder: Path, quantize: str | None = None) -> di
             setattr(stage, name, timed(getattr(stage, name)))
     data, taken = folder / "rows.jsonl", rows(kind, count)
     data.write_text("".join(json.dumps(row) + "\n" for row in taken))
-    recipe = Recipe("benchmark", base="embedded", quantize=quantize)
+    before, recipe = products_rate(), Recipe("benchmark", base="embedded", quantize=quantize)
     settings: dict[str, Any] = {"batch_size": STEP, "holdout": 0.0, "learning_rate": RATE, "epochs": 1.0, "save_every": 10_000}
     if kind == "sft":
         recipe.sft(data=data, train_on="last", **settings)  # as TRL learns of a prompt and its completion
     else:
         getattr(recipe, kind)(preferences=data, **settings)
     run = recipe.run(folder / "run")
-    share = useful_operations(kind, taken) / sum(spent) / products_rate()
+    share = useful_operations(kind, taken) / sum(spent) / max(before, products_rate())
     return {"seconds": sum(spent), "gb": Artifact.open(run / kind).facts["peak_memory_gb"], "of_the_machine": share}
 
 

@@ -115,6 +115,9 @@ def test_what_needs_more_is_expected_to(tiny_base, data):
 
     plain = need("sft")
     assert need("sft", "sft.row_tokens=512") > plain > need("sft", "sft.row_tokens=32")
+    assert need("sft", "sft.row_tokens=8192") == need("sft", "sft.row_tokens=4096")  # which no step fills
+    assert need("sft", "sft.row_tokens=8192", "sft.batch_size=12") > need("sft", "sft.row_tokens=8192")
+    assert need("sft", "sft.row_tokens=8192", "sft.max_length=16") < need("sft", "sft.row_tokens=8192")
     assert need("sft", "sft.lora.rank=64") > plain > need("sft", "sft.gradient_checkpointing=true")
     assert need("sft", "sft.lora=none") > plain
     assert need("reward") > need("dpo", "sft.lora.rank=1")
