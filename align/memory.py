@@ -32,7 +32,8 @@ REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: 
 SEEN = 128  # keys that a token of a training row sees, about; weights of many more are not kept (align.model.attention.KEPT)
 PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
 CHARACTERS = 4  # of a row of data, its names and brackets included, to a token of a chat, about
-KEPT = {4: 1.7, 2: 3.0}  # bytes of a number -> resident memory of a training step's activations, in what its graph holds
+GROWN = 1.25  # resident memory of a training step's activations, in what its graph holds
+HOLES = {4: 470, 2: 1900}  # bytes of a number -> tokens whose activations would fill the holes between what is held
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,10 @@ class Shape:
 
         Its graph keeps, a layer, both norms' inputs and outputs, queries, keys, values, the weights of attention and what it makes of
         them, what the gated product is made of, and each adapter's middle: counted by hooks on the saved tensors (SmolLM2: 33 kB
-        a layer in float32, half of that in bfloat16). Resident memory grows by more, KEPT times that: glibc's allocator leaves a
-        hole behind nearly every temporary.
+        a layer in float32, half of that in bfloat16).
         """
         kept = 4 * self.hidden + 2 * self.queries + self.heads * SEEN + 2 * self.intermediate + 2 * self.keys + ranks
-        return KEPT[itemsize] * self.layers * itemsize * kept
+        return self.layers * itemsize * kept
 
 
 def shape_of(base: Base) -> Shape | None:
@@ -186,12 +186,16 @@ def _ppo(shape: Shape, settings: PPOSettings, stack: Sequence[Lora], itemsize: i
 
 
 def _row(shape: Shape, settings: Optimiser, most: float, stack: Sequence[Lora], itemsize: int) -> float:
-    """Bytes of a row's activations; `most` are the tokens of a whole step, where that is less than a row."""
+    """Bytes of a row's activations; `most` are the tokens of a whole step, where that is less than a row.
+
+    Resident memory grows by more, for glibc's allocator leaves a hole behind nearly every temporary. The holes grow for some thirty
+    steps, as no two steps are of one size, to what they are for small steps and large ones alike (SmolLM2 in bfloat16: 0.9 GB).
+    """
     ranks = sum(lora.rank for lora in stack) * len(shape.linear) // shape.layers
     held = shape.activations(ranks, itemsize)
     if settings.gradient_checkpointing:  # one layer's at a time, and what goes into each
         held = held / shape.layers + shape.layers * shape.hidden * itemsize
-    return min(settings.row_tokens, most) * held
+    return (GROWN * min(settings.row_tokens, most) + HOLES[itemsize]) * held
 
 
 def _copy(shape: Shape, itemsize: int) -> float:
