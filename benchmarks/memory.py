@@ -31,12 +31,12 @@ if __name__ == "__main__":
     recipe = runpy.run_path("recipes/quickstart.py")["recipe"]
     for override in SHORT:
         recipe.override(override)
-    expected = estimates(make_plan(recipe, RUN), None)
     options = [f"--set={override}" for override in SHORT]
     for stage in STAGES:
         subprocess.run(
             [sys.executable, "recipes/quickstart.py", f"--out={RUN}", f"--only={stage}", f"--from={stage}", *options], check=True
         )
+    expected = estimates(make_plan(recipe, RUN), None)  # now that the base is on this machine, whose shape it takes
     peaks = {stage: Artifact.open(RUN / stage).facts["peak_memory_gb"] for stage in STAGES}
     for stage, peak in peaks.items():
         about = expected[stage] / 1e9
