@@ -98,10 +98,10 @@ def row_hidden_states(decoder: Module, ids: Tensor, positions: Tensor, **attendi
         ids: shape (length,).
         positions: shape (length,).
         **attending: `row_blocks` or `slots` of `align.model.attention.packed_attention`; `read`, the places whose hidden states are
-            asked for, of which `align.model.last_layer` makes use.
+            asked for (`align.model.last_layer`).
 
     Returns:
-        Shape (length, hidden).
+        Shape (length, hidden); where nobody asked, it means nothing.
     """
     # A 4-D mask is taken as given, so transformers builds none. Ours is empty: any attention but the packed one fails on it.
     taken_as_given = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=ids.device)
