@@ -107,7 +107,8 @@ def decode(
     uniform = torch.empty(0, max_new_tokens, dtype=torch.float64)  # its random numbers
     logits: Tensor | None = None
     while waiting or going:
-        longest = (len(prompts[waiting[-1]]) if waiting else 0) + max_new_tokens
+        beside = [*waiting[-1:], *(sequence // count for sequence in going)]  # every slot has room for the longest
+        longest = max(len(prompts[i]) for i in beside) + max_new_tokens
         free = max(count, min(SEQUENCES, int(room // longest))) - len(going)
         if waiting and free >= count and (not going or (free >= REFILL and slots.refills)):
             new = [waiting.pop() for _ in range(min(len(waiting), free // count))]

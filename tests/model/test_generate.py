@@ -213,6 +213,27 @@ def test_a_trunk_whose_activations_are_checkpointed_samples_the_same():
     assert completions[1] == completions[0]
 
 
+def test_short_prompts_beside_a_long_one_that_goes_on_count_as_much_as_it(monkeypatch):
+    """Keys and values lie in a table, as wide for all sequences as for the longest."""
+    model, tables = make_model(), []
+    room, width = 6 * (33 + 24), 33 + 24
+    monkeypatch.setattr("align.model.generate.ROOM", room * bytes_of_a_token(model))
+    monkeypatch.setattr(type(model), "get_memory_footprint", lambda model: 0)
+    monkeypatch.setattr("align.model.generate.REFILL", 1)
+    model.set_attn_implementation(NAME)
+    step = Slots.step
+
+    def counted(slots, tokens):
+        tables.append((len(tokens), int(slots.lengths.max()) + 1))
+        return step(slots, tokens)
+
+    monkeypatch.setattr(Slots, "step", counted)
+    sample(model, [(5, *range(30, 62))] * 6 + [(5, 30 + i) for i in range(40)], 1, 24, 1.0, STOPS, seed=0)
+    assert all(sequences * longest <= room for sequences, longest in tables)
+    assert max(sequences for sequences, longest in tables if longest > 33) == room // width
+    assert max(sequences for sequences, _ in tables) > room // width
+
+
 def test_long_prompts_are_decoded_a_few_at_a_time(monkeypatch):
     """So that their keys and values fit in memory; short ones then come in numbers."""
     model, sizes = make_model(), []
