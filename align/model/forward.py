@@ -42,20 +42,20 @@ def forward(trunk: Trunk, role: Role, row: Row, temperature: float = 1.0) -> Pol
 
 def forward_head(trunk: Trunk, role: Role, row: Row) -> HeadOutputs:
     """Values and scores of a row: the role's head on what the base with the role's adapters makes of it."""
-    assert role.head is not None
-    row = row.to(trunk.device)
-    with trunk.computing(role):
-        hidden = hidden_states(trunk, row, torch.cat([row.predicted_at, row.last]))
-        values, scores = trunk.heads[role.head](hidden).split([len(row.predicted_at), len(row.last)])
-        return HeadOutputs(values, scores)
+    found = _head_at(trunk, role, row, torch.cat([row.predicted_at, row.last]))
+    return HeadOutputs(*found.split([len(row.predicted_at), len(row.last)]))
 
 
 def forward_scores(trunk: Trunk, role: Role, row: Row) -> Tensor:
     """The scores alone, which take less of the last layer. Shape (completion,), float32."""
+    return _head_at(trunk, role, row, row.last)
+
+
+def _head_at(trunk: Trunk, role: Role, row: Row, places: Tensor) -> Tensor:
     assert role.head is not None
     row = row.to(trunk.device)
     with trunk.computing(role):
-        return trunk.heads[role.head](hidden_states(trunk, row, row.last))
+        return trunk.heads[role.head](hidden_states(trunk, row, places.to(trunk.device)))
 
 
 def picked(hidden: Tensor, places: Tensor) -> Tensor:
