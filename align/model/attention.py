@@ -7,8 +7,8 @@ step, which lie in one row too; without, it is plain scaled dot-product attentio
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -90,29 +90,91 @@ def row_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, blo
 class Group:
     """Blocks of a row that are computed together, padded to the longest of them. Padding points to place 0."""
 
-    blocks: int
-    queries: Tensor  # (blocks * longest,) places in the row
-    keys: Tensor  # (blocks * longest,) places in the row
-    padded_queries: Tensor  # which of the queries are padding
+    queries: Tensor  # (blocks, queries) places in the row
+    keys: Tensor  # (blocks, keys) places in the row
+    real_queries: Tensor  # (blocks, queries): False for padding
+    real_keys: Tensor  # (blocks, keys): False for padding
     hiding: Tensor  # (blocks, 1, 1, queries, keys) added to scores: 0, or -inf where a query may not see a key; exact in bfloat16
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A row cut into blocks, and the way back: where each place's results lie among those of all groups, one after the other.
+class Layout:
+    """Where the numbers of a row's heads lie, for all groups at once: block after block, and of a block head after head.
 
-    A block is what the prompts of a row share, the rest of one with its first completion, or a further completion. A prompt's place
-    is a key in each of its completions' blocks, so the ways back of keys are sorted by how many blocks a place is in.
+    Those of the row itself lie place after place, and of a place head after head.
     """
 
+    queries: Tensor  # (blocks * heads * queries,) in the row
+    keys: Tensor  # (blocks * key heads * keys,) in the row
+    padded_queries: Tensor  # which of the queries are padding
+    query_of: Tensor  # (length * heads,) the way back of queries
+    keys_of: tuple[tuple[Tensor, Tensor], ...]  # the way back of keys: see `_ways_back`
+    query_shapes: list[tuple[int, int]]  # of each group: (blocks * key heads, heads of a key head * queries)
+    key_shapes: list[tuple[int, int]]  # of each group: (blocks * key heads, keys)
+
+    def by_group(self, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Views of what is laid out, group by group, as batches of matrices: (taken, size) to (blocks * key heads, rows, size)."""
+        return zip(*(_split(t, self.query_shapes) for t in of_queries), *(_split(t, self.key_shapes) for t in of_keys), strict=True)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A row cut into blocks: what the prompts of a row share, the rest of one with its first completion, or a further completion.
+
+    Each place is a query once. A prompt's place is a key in each of its completions' blocks.
+    """
+
+    length: int
     groups: tuple[Group, ...]
-    query_of: Tensor  # (length,)
-    keys_of: tuple[tuple[Tensor, Tensor], ...]  # (places,) of the row, and (places, blocks they are in)
+    layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     @property
     def keys_of_a_query(self) -> float:
         """How many keys each place sees on average, padding and hidden ones included."""
-        return sum(group.hiding.numel() for group in self.groups) / len(self.query_of)
+        return sum(group.hiding.numel() for group in self.groups) / self.length
+
+    def layout(self, heads: int, key_heads: int) -> Layout:
+        """Where the numbers of so many heads lie: the same for every layer, so it is found once."""
+        if (heads, key_heads) not in self.layouts:
+            queries, real_queries = _of_heads([(group.queries, group.real_queries) for group in self.groups], heads)
+            keys, real_keys = _of_heads([(group.keys, group.real_keys) for group in self.groups], key_heads)
+            ((_, query_of),) = _ways_back(queries, real_queries)
+            self.layouts[heads, key_heads] = Layout(
+                queries,
+                keys,
+                (~real_queries).nonzero()[:, 0],
+                query_of[:, 0],
+                tuple(_ways_back(keys, real_keys)),
+                [(len(group.queries) * key_heads, heads // key_heads * group.queries.shape[1]) for group in self.groups],
+                [(len(group.keys) * key_heads, group.keys.shape[1]) for group in self.groups],
+            )
+        return self.layouts[heads, key_heads]
+
+
+def _split(tensor: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = tensor.split([batch * rows for batch, rows in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _of_heads(groups: Sequence[tuple[Tensor, Tensor]], heads: int) -> tuple[Tensor, Tensor]:
+    """Of each group the places (blocks, places) and which are real, as those of every head, one after the other."""
+    head = torch.arange(heads, device=groups[0][0].device)[:, None]
+    places = [(at[:, None] * heads + head).flatten() for at, _ in groups]
+    real = [is_real[:, None].expand(-1, heads, -1).flatten() for _, is_real in groups]
+    return torch.cat(places), torch.cat(real)
+
+
+def _ways_back(taken: Tensor, real: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Where what is `taken` from a row lies, sorted by how often it is: pairs of (n,) in the row and (n, times) among the taken."""
+    where = real.nonzero()[:, 0]
+    taken, order = taken[where].sort(stable=True)
+    counts = taken.bincount()  # everything is taken
+    first = counts.cumsum(0) - counts
+    back = []
+    for times in counts.unique().tolist():
+        places = (counts == times).nonzero()[:, 0]
+        back.append((places, where[order[first[places][:, None] + torch.arange(times, device=taken.device)]]))
+    return back
 
 
 def cut(segments: Sequence[Segment], window: int | None, device: torch.device) -> Blocks:
@@ -142,24 +204,9 @@ def grouped(blocks: Sequence[tuple[Sequence[int], Sequence[int]]], window: int |
         window: tokens a query sees back, itself included; None sees all.
         device: where the row is.
     """
-    length = sum(len(queries) for queries, _ in blocks)
-    groups, query_of, key_of = [], [0] * length, [list[int]() for _ in range(length)]
-    queries_before = keys_before = 0
-    for members in _alike([(len(queries), len(keys)) for queries, keys in blocks]):
-        some = [blocks[i] for i in members]
-        widest, longest = max(len(queries) for queries, _ in some), max(len(keys) for _, keys in some)
-        for number, (queries, keys) in enumerate(some):
-            for i, place in enumerate(queries):
-                query_of[place] = queries_before + number * widest + i
-            for i, place in enumerate(keys):
-                key_of[place].append(keys_before + number * longest + i)
-        groups.append(_group(some, widest, longest, window, device))
-        queries_before, keys_before = queries_before + len(some) * widest, keys_before + len(some) * longest
-    keys_of = []
-    for times in sorted(set(map(len, key_of))):
-        places = [place for place, among in enumerate(key_of) if len(among) == times]
-        keys_of.append((torch.tensor(places, device=device), torch.tensor([key_of[place] for place in places], device=device)))
-    return Blocks(tuple(groups), torch.tensor(query_of, device=device), tuple(keys_of))
+    sizes = [(len(queries), len(keys)) for queries, keys in blocks]
+    groups = tuple(_group([blocks[i] for i in members], window, device) for members in _alike(sizes))
+    return Blocks(sum(queries for queries, _ in sizes), groups)
 
 
 def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
@@ -177,19 +224,21 @@ def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return groups
 
 
-def _group(blocks: list[tuple[Sequence[int], Sequence[int]]], widest: int, longest: int, window: int | None, device: torch.device) -> Group:
-    query_counts, key_counts = (torch.tensor([len(places) for places in side])[:, None, None] for side in zip(*blocks, strict=True))
-    query, key = torch.arange(widest)[None, :, None], torch.arange(longest)[None, None, :]
-    behind = query + (key_counts - query_counts) - key  # a block's queries are its last keys
-    hidden = (behind < 0) | (key >= key_counts)
+def _group(blocks: Sequence[tuple[Sequence[int], Sequence[int]]], window: int | None, device: torch.device) -> Group:
+    (queries, real_queries), (keys, real_keys) = (_padded(side) for side in zip(*blocks, strict=True))
+    query, key = torch.arange(queries.shape[1])[None, :, None], torch.arange(keys.shape[1])[None, None, :]
+    behind = query + (real_keys.sum(1) - real_queries.sum(1))[:, None, None] - key  # a block's queries are its last keys
+    hidden = (behind < 0) | ~real_keys[:, None]
     if window is not None:
         hidden |= behind >= window
-    padding = (query >= query_counts)[..., 0]
-    hidden[padding] = key[0] > 0  # padding must see something; nothing reads what comes of it
-    queries = [[*places, *[0] * (widest - len(places))] for places, _ in blocks]
-    keys = [[*places, *[0] * (longest - len(places))] for _, places in blocks]
-    tensors = (torch.tensor(queries).flatten(), torch.tensor(keys).flatten(), padding.flatten().nonzero()[:, 0], hiding(hidden))
-    return Group(len(blocks), *(tensor.to(device) for tensor in tensors))
+    hidden[~real_queries] = key[0] > 0  # padding must see something; nothing reads what comes of it
+    return Group(*(tensor.to(device) for tensor in (queries, keys, real_queries, real_keys, hiding(hidden))))
+
+
+def _padded(places: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of places as (lists, longest), and which are real."""
+    counts, longest = torch.tensor([len(own) for own in places]), max(map(len, places))
+    return torch.tensor([[*own, *[0] * (longest - len(own))] for own in places]), torch.arange(longest) < counts[:, None]
 
 
 def hiding(hidden: Tensor) -> Tensor:
@@ -207,65 +256,49 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: Blocks):
-        heads, key_heads = query.shape[1], key.shape[1]
-        parts, kept = list[Tensor](), list[Tensor]()
-        keeps = any(ctx.needs_input_grad) and blocks.keys_of_a_query <= KEPT
-        for group in blocks.groups:
-            q = _taken(query, group.queries, group.blocks, key_heads)
-            k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
+        layout = blocks.layout(query.shape[1], key.shape[1])
+        keeps, kept = any(ctx.needs_input_grad) and blocks.keys_of_a_query <= KEPT, list[Tensor]()
+        queries, keys, values = _taken(query, layout.queries), _taken(key, layout.keys), _taken(value, layout.keys)
+        attended = torch.empty_like(queries)
+        of_groups = layout.by_group([queries, attended], [keys, values])
+        for group, (q, out, k, v) in zip(blocks.groups, of_groups, strict=True):
             weights = _weights(q, k, scaling, group)
             kept += [weights] if keeps else []
-            parts.append(_laid_flat(torch.bmm(weights, v), group.blocks, heads))
+            torch.bmm(weights, v, out=out)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.rest = (scaling, blocks)
-        return _joined(parts).index_select(0, blocks.query_of)
+        return attended.index_select(0, layout.query_of).view(query.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         query, key, value, *kept = ctx.saved_tensors
         scaling, blocks = ctx.rest
-        heads, key_heads = query.shape[1], key.shape[1]
-        d_query, d_key, d_value = list[Tensor](), list[Tensor](), list[Tensor]()
-        for number, group in enumerate(blocks.groups):
-            q = _taken(query, group.queries, group.blocks, key_heads)
-            g = _taken(grad, group.queries, group.blocks, key_heads, group.padded_queries)
-            k, v = (_taken(tensor, group.keys, group.blocks, key_heads) for tensor in (key, value))
+        layout = blocks.layout(query.shape[1], key.shape[1])
+        queries, keys, values = _taken(query, layout.queries), _taken(key, layout.keys), _taken(value, layout.keys)
+        grads = _taken(grad, layout.queries).index_fill_(0, layout.padded_queries, 0)
+        d_queries, d_keys, d_values = (torch.empty_like(tensor) for tensor in (queries, keys, values))
+        of_groups = layout.by_group([queries, grads, d_queries], [keys, values, d_keys, d_values])
+        for number, (group, (q, g, d_q, k, v, d_k, d_v)) in enumerate(zip(blocks.groups, of_groups, strict=True)):
             weights = kept[number] if kept else _weights(q, k, scaling, group)
-            d_value.append(_laid_flat(torch.bmm(weights.transpose(1, 2), g), group.blocks, key_heads))
+            torch.bmm(weights.transpose(1, 2), g, out=d_v)
             d_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
-            d_query.append(_laid_flat(torch.bmm(d_scores, k), group.blocks, heads))
-            d_key.append(_laid_flat(torch.bmm(d_scores.transpose(1, 2), q), group.blocks, key_heads))
-        by_query = _joined(d_query).index_select(0, blocks.query_of)
-        return by_query.mul_(scaling), _summed(d_key, blocks).mul_(scaling), _summed(d_value, blocks), None, None
+            torch.bmm(d_scores, k, out=d_q)
+            torch.bmm(d_scores.transpose(1, 2), q, out=d_k)
+        d_query = d_queries.index_select(0, layout.query_of).view(query.shape)
+        d_key, d_value = (_summed(tensor, layout).view(key.shape) for tensor in (d_keys, d_values))
+        return d_query.mul_(scaling), d_key.mul_(scaling), d_value, None, None
 
 
-def _taken(tensor: Tensor, places: Tensor, blocks: int, key_heads: int, zero: Tensor | None = None) -> Tensor:
-    """Places of a row, block by block. (length, heads, size) to (blocks * key heads, heads / key heads * places, size)."""
-    taken = tensor.index_select(0, places)
-    if zero is not None:
-        taken.index_fill_(0, zero, 0)
-    heads, size = tensor.shape[1:]
-    by_head = taken.view(blocks, -1, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
-    return by_head.reshape(blocks * key_heads, -1, size)
+def _taken(tensor: Tensor, where: Tensor) -> Tensor:
+    """Numbers of a row as they lie for the products. (length, heads, size) to (taken, size)."""
+    return tensor.reshape(-1, tensor.shape[-1]).index_select(0, where)
 
 
-def _laid_flat(tensor: Tensor, blocks: int, heads: int) -> Tensor:
-    """The way back of `_taken`: to (blocks * places, heads, size)."""
-    key_heads = len(tensor) // blocks
-    by_head = tensor.view(blocks, key_heads, heads // key_heads, -1, tensor.shape[-1])
-    return by_head.permute(0, 3, 1, 2, 4).reshape(-1, heads, tensor.shape[-1])
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _summed(parts: list[Tensor], blocks: Blocks) -> Tensor:
-    """Sum over the blocks that a key is in. (keys of all groups, heads, size) to (length, heads, size)."""
-    joined = _joined(parts)
-    summed = joined.new_empty(len(blocks.query_of), *joined.shape[1:])
-    for places, among in blocks.keys_of:
-        of_each = joined.index_select(0, among.flatten()).view(*among.shape, *joined.shape[1:])
+def _summed(tensor: Tensor, layout: Layout) -> Tensor:
+    """Sum over the blocks that a key is in. (taken, size) to (length * key heads, size)."""
+    summed = tensor.new_empty(sum(len(places) for places, _ in layout.keys_of), tensor.shape[-1])
+    for places, among in layout.keys_of:
+        of_each = tensor.index_select(0, among.flatten()).view(*among.shape, -1)
         summed.index_copy_(0, places, of_each.sum(1))
     return summed
 
@@ -274,7 +307,7 @@ def _weights(query: Tensor, key: Tensor, scaling: float, group: Group) -> Tensor
     """Attention weights of a group, 0 where a query may not see. Shape (blocks * key heads, group * queries, keys)."""
     scores = torch.baddbmm(query.new_zeros(()), query, key.transpose(1, 2), beta=0, alpha=scaling)
     queries, keys = group.hiding.shape[-2:]
-    by_block = scores.view(group.blocks, len(scores) // group.blocks, -1, queries, keys)
+    by_block = scores.view(len(group.hiding), -1, scores.shape[1] // queries, queries, keys)
     by_block.add_(group.hiding.to(scores.dtype))  # seven times as fast as filling under a mask
     return torch.softmax(scores, dim=-1)
 

@@ -53,24 +53,27 @@ def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, sha
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
 @pytest.mark.parametrize("shared", [0, 2])
-def test_every_place_is_a_query_once_and_a_key_of_each_completion_that_sees_it(shared):
+def test_every_place_is_a_query_once_and_a_key_of_each_completion_that_sees_it(shared, heads):
     row = row_of(ROWS["group"], shared)
-    blocks = cut(row.segments, None, torch.device("cpu"))
-    queries = torch.cat([group.queries for group in blocks.groups])
-    assert queries[blocks.query_of].tolist() == list(range(len(row.ids)))
-    keys, seen = torch.cat([group.keys for group in blocks.groups]), {}
-    for places, among in blocks.keys_of:
-        assert (keys[among] == places[:, None]).all()
+    layout = cut(row.segments, None, torch.device("cpu")).layout(*heads)
+    assert layout.queries[layout.query_of].tolist() == list(range(len(row.ids) * heads[0]))
+    assert not set(layout.query_of.tolist()) & set(layout.padded_queries.tolist())
+    seen = {}
+    for places, among in layout.keys_of:
+        assert (layout.keys[among] == places[:, None]).all()
+        assert among.unique().numel() == among.numel()
         assert not seen.keys() & set(places.tolist())
         seen |= dict.fromkeys(places.tolist(), among.shape[1])
-    assert [seen[place] for place in range(len(row.ids))] == [6] * shared + [4] * (6 - shared) + [1] * (len(row.ids) - 6)
+    times = [6] * shared + [4] * (6 - shared) + [1] * (len(row.ids) - 6)
+    assert [seen[place] for place in range(len(row.ids) * heads[1])] == [count for count in times for _ in range(heads[1])]
 
 
 @pytest.mark.parametrize(("length", "pieces"), [(100, 1), (191, 1), (193, 2), (384, 3), (1024, 8)])
 def test_a_long_sequence_is_cut_into_even_pieces_that_see_little_they_may_not(length, pieces):
     groups = cut(row_of([(length - 1, [1])]).segments, None, torch.device("cpu")).groups
-    assert sum(group.blocks for group in groups) == pieces
+    assert sum(len(group.queries) for group in groups) == pieces
     scores = sum(group.hiding.numel() for group in groups)
     assert scores <= 1.5 * length**2 * (1 + 1 / pieces) / 2 + 4096 * len(groups)
 
