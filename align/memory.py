@@ -30,7 +30,6 @@ ROOM = 1e9  # bytes of their keys and values at most, or as many as the weights 
 MARGIN = 1.25  # an estimate may be this far off
 REGROWN = 1.6  # resident memory of keys and values, in what they hold at last: their room is made anew as they grow
 SEEN = 128  # keys that a token of a training row sees, about; weights of many more are not kept (align.model.attention.KEPT)
-PROMPT = 128  # tokens, where only the longest prompt that is allowed is known
 CHARACTERS = 4  # of a row of data, its names and brackets included, to a token of a chat, about
 GROWN = 1.25  # resident memory of a training step's activations, in what its graph holds
 HOLES = {4: 470, 2: 1900}  # bytes of a number -> tokens whose activations would fill the holes between what is held
@@ -146,15 +145,16 @@ def _peak(shape: Shape, planned: Planned, stack: Sequence[Lora], dtype: str | No
     if isinstance(settings, Training):
         return weights + _training(shape, planned, settings, stack, itemsize)
     if isinstance(settings, PPOSettings):
-        return weights + _ppo(shape, settings, stack, itemsize)
+        return weights + _ppo(shape, planned, settings, stack, itemsize)
     if isinstance(settings, EvaluateSettings):
-        each = max(settings.samples_per_prompt, settings.best_of or 0)
+        each, limit = max(settings.samples_per_prompt, settings.best_of or 0), math.inf
     elif isinstance(settings, SampleSettings):
-        each = settings.completions_per_prompt
+        each, limit = settings.completions_per_prompt, settings.max_prompt_tokens
     else:
         return None
-    decoding = _decoding(shape, each * len(planned.data["prompts"]), settings.max_new_tokens, itemsize)
-    return weights + _copy(shape, itemsize) + decoding
+    prompts = min(len(planned.data["prompts"]), settings.max_prompts or math.inf)
+    longest = max(_prompts(planned, limit), default=0) + settings.max_new_tokens
+    return weights + _copy(shape, itemsize) + _decoding(shape, each * prompts, longest, itemsize)
 
 
 def _weights(shape: Shape, dtype: str | None, itemsize: int) -> float:
@@ -175,14 +175,20 @@ def _tokens_of_a_step(planned: Planned, settings: Training) -> float:
     return settings.batch_size * mean(sizes) + 2 * math.sqrt(settings.batch_size) * pstdev(sizes)
 
 
-def _ppo(shape: Shape, settings: PPOSettings, stack: Sequence[Lora], itemsize: int) -> float:
+def _prompts(planned: Planned, limit: float) -> list[float]:
+    """Tokens of the first prompts; those beyond the limit are left out."""
+    return [size for length in planned.lengths if (size := length / CHARACTERS) <= limit]
+
+
+def _ppo(shape: Shape, planned: Planned, settings: PPOSettings, stack: Sequence[Lora], itemsize: int) -> float:
     """The policy's adapter and the value's, the copy that samples, and what takes more: a row's activations, or what is being decoded."""
     trained = shape.adapter(stack[-1]) * (2 if settings.has_value else 1)
     sequences = settings.prompts_per_iteration * settings.completions_per_prompt
-    each = settings.max_new_tokens + min(settings.max_prompt_tokens, PROMPT) / settings.completions_per_prompt
+    prompts = _prompts(planned, settings.max_prompt_tokens) or [0]
+    each = settings.max_new_tokens + mean(prompts) / settings.completions_per_prompt
     row = _row(shape, settings, sequences * each / settings.minibatches, stack, itemsize)
     copy = _copy(shape, itemsize) if settings.merged_sampler and settings.sampler == "local" else 0
-    return trained * TRAINED + copy + max(row, _decoding(shape, sequences, settings.max_new_tokens, itemsize))
+    return trained * TRAINED + copy + max(row, _decoding(shape, sequences, max(prompts) + settings.max_new_tokens, itemsize))
 
 
 def _row(shape: Shape, settings: Optimiser, most: float, stack: Sequence[Lora], itemsize: int) -> float:
@@ -203,10 +209,10 @@ def _copy(shape: Shape, itemsize: int) -> float:
     return sum(n * m for _, n, m in shape.linear) * itemsize
 
 
-def _decoding(shape: Shape, sequences: int, max_new_tokens: int, itemsize: int) -> float:
-    """Keys and values, and the logits of a step with what a draw makes of them."""
+def _decoding(shape: Shape, sequences: float, longest: float, itemsize: int) -> float:
+    """Keys and values, and the logits of a step with what a draw makes of them. Every sequence has room for the longest."""
     going = min(sequences, SIDE_BY_SIDE)
-    cache = going * (PROMPT + max_new_tokens) * shape.layers * 2 * shape.keys * itemsize
+    cache = going * longest * shape.layers * 2 * shape.keys * itemsize
     room = max(ROOM, shape.parameters * itemsize)
     return REGROWN * min(cache, room) + going * shape.vocabulary * 16
 

@@ -59,8 +59,9 @@ class Planned:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Characters of the first of those rows, names and brackets included."""
-        return [len(str(record)) for record in self.learned.records(LOOKED_AT)] if self.learned else []
+        """Characters of the first of those rows, or else of the prompts, names and brackets included."""
+        rows = self.learned or self.data.get("prompts")
+        return [len(str(record)) for record in rows.records(LOOKED_AT)] if rows else []
 
     @property
     def steps(self) -> int | None:

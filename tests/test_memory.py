@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +125,28 @@ def test_what_needs_more_is_expected_to(tiny_base, data):
     assert need("ppo") > need("ppo", "ppo.estimator=rloo")
     assert need("ppo") > need("ppo", "ppo.merged_sampler=false")
     assert need("evaluate", "evaluate.best_of=16") > need("evaluate")
+
+
+def test_long_prompts_take_more_up_to_those_that_are_left_out(tiny_base, data, tmp_path):
+    def need(words, *overrides):
+        for name in ("chat", "preferences"):
+            shutil.copy(data / f"{name}.jsonl", tmp_path)
+        rows = [{"prompt": [{"role": "user", "content": f"{i} " + "red " * words}]} for i in range(4)]
+        for name in ("prompts", "heldout"):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = small_recipe(tiny_base, tmp_path)
+        recipe.sample(policy=recipe.base, prompts=tmp_path / "prompts.jsonl")
+        for text in overrides:
+            recipe.override(text)
+        return bytes_of(recipe)
+
+    short, long = need(10), need(400)
+    assert all(long[stage] > short[stage] for stage in ("ppo", "evaluate", "sample"))
+    assert long["sft"] == short["sft"]
+    left_out = need(400, "ppo.max_prompt_tokens=100", "sample.max_prompt_tokens=100")
+    assert left_out["ppo"] == short["ppo"]
+    assert left_out["sample"] < long["sample"]
+    assert need(400, "evaluate.max_prompts=1")["evaluate"] < long["evaluate"]
 
 
 def test_four_bits_take_less_than_sixteen_and_those_less_than_thirty_two(tiny_base, data):
