@@ -259,7 +259,7 @@ class _RowAttention(torch.autograd.Function):
         layout = blocks.layout(query.shape[1], key.shape[1])
         keeps, kept = any(ctx.needs_input_grad) and blocks.keys_of_a_query <= KEPT, list[Tensor]()
         queries, keys, values = _taken(query, layout.queries), _taken(key, layout.keys), _taken(value, layout.keys)
-        attended = torch.empty_like(queries)
+        attended = queries.new_empty(len(queries), value.shape[-1])
         of_groups = layout.by_group([queries, attended], [keys, values])
         for group, (q, out, k, v) in zip(blocks.groups, of_groups, strict=True):
             weights = _weights(q, k, scaling, group)
@@ -267,7 +267,7 @@ class _RowAttention(torch.autograd.Function):
             torch.bmm(weights, v, out=out)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.rest = (scaling, blocks)
-        return attended.index_select(0, layout.query_of).view(query.shape)
+        return attended.index_select(0, layout.query_of).view(*query.shape[:2], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -285,7 +285,7 @@ class _RowAttention(torch.autograd.Function):
             torch.bmm(d_scores, k, out=d_q)
             torch.bmm(d_scores.transpose(1, 2), q, out=d_k)
         d_query = d_queries.index_select(0, layout.query_of).view(query.shape)
-        d_key, d_value = (_summed(tensor, layout).view(key.shape) for tensor in (d_keys, d_values))
+        d_key, d_value = _summed(d_keys, layout).view(key.shape), _summed(d_values, layout).view(value.shape)
         return d_query.mul_(scaling), d_key.mul_(scaling), d_value, None, None
 
 

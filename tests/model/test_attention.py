@@ -53,6 +53,18 @@ def test_blocks_give_the_attention_of_the_definition_and_its_gradients(name, sha
         torch.testing.assert_close(mine, theirs)
 
 
+def test_values_may_be_of_another_size_than_keys():
+    row = row_of(ROWS["pairs"], 1)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 8), (2, 8), (2, 5)]
+    inputs = [torch.randn(len(row.ids), *shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    ours = _RowAttention.apply(*inputs, 0.3, cut(row.segments, None, torch.device("cpu")))
+    wanted = dense(*inputs, 0.3, row, None)
+    torch.testing.assert_close(ours, wanted)
+    for mine, theirs in zip(*(torch.autograd.grad(out.sin().sum(), inputs) for out in (ours, wanted)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_every_place_is_a_query_once_and_a_key_of_each_completion_that_sees_it(shared, heads):
