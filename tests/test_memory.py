@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import make_model, small_recipe
+from conftest import make_model, small_recipe, write_rows
 from processes import align
 
 from align import Lora, memory
@@ -133,7 +133,7 @@ def test_long_prompts_take_more_up_to_those_that_are_left_out(tiny_base, data, t
             shutil.copy(data / f"{name}.jsonl", tmp_path)
         rows = [{"prompt": [{"role": "user", "content": f"{i} " + "red " * words}]} for i in range(4)]
         for name in ("prompts", "heldout"):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(tmp_path / f"{name}.jsonl", rows)
         recipe = small_recipe(tiny_base, tmp_path)
         recipe.sample(policy=recipe.base, prompts=tmp_path / "prompts.jsonl")
         for text in overrides:
