@@ -54,6 +54,28 @@ def test_reading_gguf_without_its_package_names_the_command_that_installs_it(tmp
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
+def test_a_gguf_file_is_parsed_once_and_gives_what_transformers_makes_of_it(tmp_path, monkeypatch):
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    plain, parsed = gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda reader, path, *rest: (parsed.append(path), plain(reader, path, *rest))[1])
+    reader = gguf.GGUFReader
+    base = find_base("embedded")
+    model = AutoModelForCausalLM.from_pretrained(local_model(base), dtype=torch.bfloat16)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is reader  # and is what it was
+    file = Path(base.location)
+    as_it_is = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    assert len(parsed) > 2
+    assert model.state_dict().keys() == as_it_is.state_dict().keys()
+    for name, weight in as_it_is.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.to(torch.bfloat16)), name
+
+
 def test_a_folder_is_found_by_any_path_and_keeps_its_identity(base, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = find_base("base")
