@@ -1,11 +1,12 @@
 """SFT's time per token and peak memory as the data and the row budget grow, for each base. Writes runs/growth.png.
 
     python benchmarks/growth.py                                      some 10 minutes on two cores with bfloat16, 40 without
-    python benchmarks/growth.py --base embedded --base gemma.gguf    several bases
-    python benchmarks/growth.py --only data --json
+    python benchmarks/growth.py --base embedded --base gemma.gguf    several bases; some 15 minutes
+    python benchmarks/growth.py --only data --repeat 3 --json
 
 Every measurement is a process of its own on made-up conversations of one length, a row to an optimizer step. Time per token is the
-median step's, the first left out; memory is the process's peak, reading and tokenising included.
+median step's, the first left out; memory is the process's peak, reading and tokenising included. Repeated, they take turns, and the
+median of each counts.
 """
 
 import argparse
@@ -13,10 +14,11 @@ import itertools
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from process import measured
 
 EXAMPLES, BUDGETS = (100, 1_000, 10_000, 100_000), (256, 512, 1024, 2048, 4096, 8192)
 ROW, TOKENS, WORDS = 1024, 4096, 40  # the row budget while the data grow; tokens that a measurement trains on at least; words of an answer
@@ -66,6 +68,11 @@ def measure(base: str, examples: int, row_tokens: int, folder: Path) -> dict:
     }
 
 
+def middle(costs: list[dict]) -> dict:
+    """The median of each measure."""
+    return {name: statistics.median(cost[name] for cost in costs) for name in costs[0]}
+
+
 def draw(found: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -75,11 +82,11 @@ def draw(found: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row", squeeze=False)
     names = {"milliseconds_a_token": "milliseconds a token", "gb": "peak memory, GB"}
     for column, (kind, label) in enumerate((("examples", "examples in the data"), ("row_tokens", "tokens in a row"))):
-        for place, (measured, name) in enumerate(names.items()):
+        for place, (measure_of, name) in enumerate(names.items()):
             axis = axes[place][column]
             for base in dict.fromkeys(each["base"] for each in found):
                 points = [each for each in found if each["base"] == base and each["grows"] == kind]
-                axis.plot([p[kind] for p in points], [p[measured] for p in points], marker="o", label=Path(base).stem[:24])
+                axis.plot([p[kind] for p in points], [p[measure_of] for p in points], marker="o", label=Path(base).stem[:24])
             axis.set_xscale("log", base=10 if kind == "examples" else 2)
             axis.set(xlabel=label, ylabel=name)
             axis.grid(alpha=0.3)
@@ -93,7 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", action="append", help="a base; repeatable (default: embedded)")
     parser.add_argument("--only", choices=("data", "rows"), help="grow only the data, or only the rows")
-    parser.add_argument("--json", action="store_true", help="print every measurement as JSON")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print what is drawn as JSON")
     parser.add_argument("--measure", nargs=3, metavar=("BASE", "EXAMPLES", "ROW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -103,16 +111,16 @@ def main() -> None:
         return
     wanted = [("examples", count, ROW) for count in EXAMPLES] if options.only != "rows" else []
     wanted += [("row_tokens", 1_000, budget) for budget in BUDGETS] if options.only != "data" else []
-    found = []
-    for base in options.base or ["embedded"]:
-        for grows, examples, row_tokens in wanted:
-            command = [sys.executable, __file__, "--measure", base, str(examples), str(row_tokens)]
-            ended = subprocess.run(command, check=True, capture_output=True, text=True)
-            found.append(
-                {"base": base, "grows": grows, "examples": examples, "row_tokens": row_tokens, **json.loads(ended.stdout.splitlines()[-1])}
-            )
-            cost = f"{found[-1]['milliseconds_a_token']:.2f} ms a token, {found[-1]['gb']:.2f} GB"
-            print(f"{base}, {examples:,} examples, rows of {row_tokens}: {cost}", file=sys.stderr, flush=True)
+    points = [(base, *point) for base in options.base or ["embedded"] for point in wanted]
+    turns: dict[tuple, list[dict]] = {point: [] for point in points}
+    for base, grows, examples, row_tokens in points * options.repeat:
+        cost = measured(__file__, "growth", "--measure", base, str(examples), str(row_tokens))
+        turns[base, grows, examples, row_tokens].append(cost)
+        told = f"{cost['milliseconds_a_token']:.2f} ms a token, {cost['gb']:.2f} GB"
+        print(f"{base}, {examples:,} examples, rows of {row_tokens}: {told}", file=sys.stderr, flush=True)
+    found = [
+        {**dict(zip(("base", "grows", "examples", "row_tokens"), point, strict=True)), **middle(costs)} for point, costs in turns.items()
+    ]
     Path("runs").mkdir(exist_ok=True)
     draw(found, Path("runs/growth.png"))
     print(json.dumps(found, indent=1) if options.json else "written to runs/growth.png")
