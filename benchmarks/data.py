@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from process import medians
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "green", "hills", "people"]
 FORMATS = ("alpaca", "messages", "preferences")
@@ -121,9 +122,9 @@ def main() -> None:
             for _ in range(options.repeats):
                 for what, runs in found.items():
                     runs.append(run(what, large, kind))
-            medians = {w: {name: statistics.median(r[name] for r in runs) for name in runs[0]} for w, runs in found.items()}
+            usual = {what: medians(runs) for what, runs in found.items()}
             small_peak = run("align", small, kind)["peak_mb"]
-            table.append({"format": kind, "rows": options.rows, **medians, "peak_mb_10k_rows": small_peak})
+            table.append({"format": kind, "rows": options.rows, **usual, "peak_mb_10k_rows": small_peak})
             large.unlink()
     if options.json:
         print(json.dumps(table, indent=1))

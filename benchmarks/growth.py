@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from process import measured
+from process import measured, medians
 
 EXAMPLES, BUDGETS = (100, 1_000, 10_000, 100_000), (256, 512, 1024, 2048, 4096, 8192)
 ROW, TOKENS, WORDS = 1024, 4096, 40  # the row budget while the data grow; tokens that a measurement trains on at least; words of an answer
@@ -68,11 +68,6 @@ def measure(base: str, examples: int, row_tokens: int, folder: Path) -> dict:
     }
 
 
-def middle(costs: list[dict]) -> dict:
-    """The median of each measure."""
-    return {name: statistics.median(cost[name] for cost in costs) for name in costs[0]}
-
-
 def draw(found: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -113,13 +108,14 @@ def main() -> None:
     wanted += [("row_tokens", 1_000, budget) for budget in BUDGETS] if options.only != "data" else []
     points = [(base, *point) for base in options.base or ["embedded"] for point in wanted]
     turns: dict[tuple, list[dict]] = {point: [] for point in points}
-    for base, grows, examples, row_tokens in points * options.repeat:
+    for point in points * options.repeat:
+        base, _, examples, row_tokens = point
         cost = measured(__file__, "growth", "--measure", base, str(examples), str(row_tokens))
-        turns[base, grows, examples, row_tokens].append(cost)
+        turns[point].append(cost)
         told = f"{cost['milliseconds_a_token']:.2f} ms a token, {cost['gb']:.2f} GB"
         print(f"{base}, {examples:,} examples, rows of {row_tokens}: {told}", file=sys.stderr, flush=True)
     found = [
-        {**dict(zip(("base", "grows", "examples", "row_tokens"), point, strict=True)), **middle(costs)} for point, costs in turns.items()
+        {**dict(zip(("base", "grows", "examples", "row_tokens"), point, strict=True)), **medians(costs)} for point, costs in turns.items()
     ]
     Path("runs").mkdir(exist_ok=True)
     draw(found, Path("runs/growth.png"))

@@ -1,6 +1,7 @@
 """A measurement in a process of its own: its peak memory is its own, and nothing of the one before is warm."""
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -11,3 +12,8 @@ def measured(file: str, what: str, *arguments: str) -> dict:
     if ended.returncode:
         sys.exit(f"{what}: {ended.stderr[-3000:]}")
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def medians(lines: list[dict]) -> dict:
+    """The median of each measure over measurements of the same."""
+    return {name: statistics.median(line[name] for line in lines) for name in lines[0]}
